@@ -7,7 +7,7 @@ __all__ = ['TRANSFORM', 'to_rgb', 'load_image', 'resize_square', 'normalize', 'd
            'caption_choice', 'batches']
 
 # %% ../nbs/04_images.ipynb #aabf2d28
-import json, os
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from . import __version__
-from .core import CLIP_MEAN, CLIP_STD, LabError, atomic_path, cache_dir, fingerprint, write_json
+from .core import CLIP_MEAN, CLIP_STD, LabError, atomic_path, cache_dir, fingerprint, read_json, write_json
 
 # %% ../nbs/04_images.ipynb #2f27b95f
 def _from_16_bits(image):
@@ -33,17 +33,16 @@ def to_rgb(image):
     "Any PIL image as 8-bit RGB: 16-bit grey scaled, transparency laid over white, the rest converted."
     if image.mode == "F": raise ValueError("its floating-point values have no fixed range; save it with 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"): image = _from_16_bits(image)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info: return _over_white(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info: return _over_white(image)
     return image.convert("RGB")
 
 # %% ../nbs/04_images.ipynb #b484a610
 def _why(path, error):
-    if not os.path.exists(path): return "there is no such file"
     if os.path.isdir(path): return "it is a folder"
-    start = Path(path).open("rb").read(12)
-    if not start: return "the file is empty"
-    if isinstance(error, Image.UnidentifiedImageError): return f"it begins with {start!r}, as no picture does"
-    return f"{type(error).__name__}: {error}"
+    if isinstance(error, FileNotFoundError): return "there is no such file"
+    if not isinstance(error, Image.UnidentifiedImageError): return getattr(error, "strerror", None) or str(error)
+    with open(path, "rb") as f: start = f.read(12)
+    return f"it begins with {start!r}, as no picture does" if start else "the file is empty"
 
 def load_image(path):
     """The picture in `path`, upright, as an RGB PIL image.
@@ -57,7 +56,7 @@ def load_image(path):
 # %% ../nbs/04_images.ipynb #88a2eeed
 def resize_square(image, size):
     "Squash a PIL RGB image to `size`×`size`, bicubic with antialiasing, the whole picture kept: (S, S, 3) uint8."
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
 
 # %% ../nbs/04_images.ipynb #bc1618e7
 def _per_channel(values, like): return torch.as_tensor(values, dtype=torch.float32, device=like.device).view(1, 3, 1, 1)
@@ -95,8 +94,8 @@ def _write_npy(file, paths, size, progress):
 # %% ../nbs/04_images.ipynb #467b3fac
 def _open_packed(file, manifest):
     try:
-        if json.loads(file.with_suffix(".json").read_text()) != manifest: return None
-        packed = np.load(file, mmap_mode="r")
+        if read_json(file.with_suffix(".json")) != manifest: return None
+        packed = np.lib.format.open_memmap(file, mode="r")
     except (OSError, ValueError): return None
     shape = (manifest["images"], manifest["size"], manifest["size"], 3)
     return packed if packed.shape == shape and packed.dtype == np.uint8 else None
@@ -112,12 +111,14 @@ def pack_images(split, size, folder=None, progress=True):
     manifest = _manifest(split, size)
     file = folder/f"{split.name}-{size}px-{fingerprint(manifest)}.npy"
     if (packed := _open_packed(file, manifest)) is not None: return packed
-    with atomic_path(file) as part: _write_npy(part, split.image_paths, size, progress)
-    write_json(file.with_suffix(".json"), manifest)
-    return np.load(file, mmap_mode="r")
+    try:
+        with atomic_path(file) as part: _write_npy(part, split.image_paths, size, progress)
+        write_json(file.with_suffix(".json"), manifest)
+    except OSError as error: raise LabError(f"{file}: it cannot be written ({error.strerror}); make room, or set CLIP475_CACHE to another folder") from None
+    return np.lib.format.open_memmap(file, mode="r")
 
 # %% ../nbs/04_images.ipynb #9a55d59c
-def _generator(*what): return torch.Generator().manual_seed(int(fingerprint(what), 16) % 2**63)
+def _generator(what, seed, epoch): return torch.Generator().manual_seed(int(fingerprint(what, int(seed), int(epoch)), 16) % 2**63)
 
 def epoch_order(n, seed, epoch):
     "The order of the `n` image rows in `epoch`: a (n,) int64 permutation that depends on `seed` and `epoch` alone."

@@ -1,0 +1,52 @@
+"The reader and the packer on a real piece of COCO 2014, where one lies beside the repository."
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clip475.coco import caption_file, describe_split, load_split, load_splits, make_split, read_captions
+from clip475.core import LabConfig, LabError
+from clip475.images import load_image, pack_images, resize_square
+
+COCO = Path(__file__).parents[1].parent/"shared"/"data"/"coco2014"
+pytestmark = pytest.mark.skipif(not COCO.is_dir(), reason="no COCO 2014 beside the repository")
+
+@pytest.fixture(scope="module")
+def val(): return load_split(COCO, "val")
+
+@pytest.mark.parametrize("name, listed, on_disk", [("val", 40_504, 1_180), ("train", 4_045, 287)])
+def test_counts(name, listed, on_disk):
+    split = load_split(COCO, name)
+    assert (len(split), split.missing) == (on_disk, listed - on_disk)
+    assert set(np.bincount(split.caption_image)) <= {5, 6, 7}
+    assert describe_split(split).loc[name, "images"] == on_disk
+
+def test_the_whole_val_file_is_parsed_in_seconds():
+    start = time.perf_counter()
+    coco = read_captions(caption_file(COCO, "val"))
+    parsed = time.perf_counter()
+    make_split(coco, COCO, "val")
+    assert len(coco.anns) == 202_654 and len(coco.imgs) == 40_504
+    assert parsed - start < 10 and time.perf_counter() - parsed < 1
+
+def test_pairs_are_those_of_the_annotation_file(val):
+    coco = read_captions(caption_file(COCO, "val"))
+    for row, id in enumerate(val.image_ids.tolist()):
+        assert val.image_paths[row].name == coco.imgs[id]["file_name"]
+        assert sorted(val.captions_of(row)) == sorted(a["caption"].strip() for a in coco.imgToAnns[id])
+
+def test_more_than_there_are(val):
+    with pytest.raises(LabError, match="at most 1180"): load_split(COCO, "val", 4_000)
+
+def test_train_and_val_share_nothing():
+    train, val = load_splits(COCO, LabConfig.from_preset("coco", train_images=200, val_images=1_000))
+    assert (len(train), len(val)) == (200, 1_000) and not set(train.image_ids) & set(val.image_ids)
+
+def test_every_picture_decodes_and_packs(val, tmp_path):
+    packed = pack_images(val, 64, tmp_path, progress=False)
+    assert packed.shape == (1_180, 64, 64, 3)
+    for row in range(0, 1_180, 59): assert (packed[row] == resize_square(load_image(val.image_paths[row]), 64)).all()
+    flat = packed.reshape(len(val), -1)
+    assert (flat.std(axis=1) > 1).all()  # no picture has become one colour
+    assert len(np.unique(flat, axis=0)) == len(val)
