@@ -10,6 +10,15 @@ from clip475.core import LabError
 from clip475.loss import clamp_logit_scale_, info_nce, similarity_logits
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    "Small tensors gain nothing from threads, and lose much on a busy machine."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def unit(*shape, seed=0, dtype=torch.float32):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=-1)
 
