@@ -1,0 +1,60 @@
+# The two commands of the lab. `make help` lists the rest.
+#   make demo      makes .venv, installs the lab and runs it: a model that learns, in about three minutes
+#   make test      makes .venv, installs the tools too, and runs every notebook and every test
+# Another Python: make demo PYTHON=python3.12 (run `make clean` first when .venv exists already)
+# More options:   make demo ARGS="--seed 7"
+
+PYTHON ?=
+ARGS   ?=
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INPUTS := settings.ini setup.py pyproject.toml constraints.txt
+
+# The lab never needs the hub, a display or a download.
+export HF_HUB_OFFLINE = 1
+export MPLBACKEND = agg
+
+.PHONY: help demo test dev export readme clean
+.NOTPARALLEL:
+
+help:
+	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
+	@echo "make dev       makes .venv with the tools and runs nothing"
+	@echo "make export    writes clip475/ from nbs/ and cleans the notebooks"
+	@echo "make readme    writes README.md from nbs/index.ipynb"
+	@echo "make clean     removes .venv and what was built; runs/ stays"
+
+demo: $(VENV)/.installed
+	$(BIN)/clip475 demo $(ARGS)
+
+test: dev
+	$(BIN)/nbdev_test --n_workers 2 --path nbs
+	$(BIN)/python -m pytest $(ARGS)
+
+dev: $(VENV)/.installed-dev
+
+export: dev
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+readme: dev
+	$(BIN)/python tools/readme.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis
+
+$(BIN)/python:
+	@python=$$(sh tools/find_python.sh "$(PYTHON)") && echo "making $(VENV) with $$python" && "$$python" -m venv $(VENV)
+
+$(VENV)/.installed: $(INPUTS) | $(BIN)/python
+	@echo "installing the lab into $(VENV); torch is large, so the first time takes a few minutes"
+	@$(PIP) -e .
+	@$(BIN)/python tools/check_install.py
+	@touch $@
+
+$(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
+	@echo "installing the lab and its tools into $(VENV); torch is large, so the first time takes a few minutes"
+	@$(PIP) -e ".[dev]"
+	@$(BIN)/python tools/check_install.py
+	@touch $(VENV)/.installed $@

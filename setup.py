@@ -1,0 +1,46 @@
+# Everything about the package stands in settings.ini; this file hands it to setuptools.
+# The first lines run on any Python 3, so that one too old is told so in one sentence.
+import sys
+
+if sys.version_info < (3, 11):
+    sys.exit("clip475 needs Python 3.11 or newer and this is Python %d.%d: install a newer one, or name it, as in: make demo PYTHON=python3.12" % sys.version_info[:2])
+
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).resolve().parent
+config = ConfigParser(delimiters=["="], interpolation=None)
+config.read(here/"settings.ini", encoding="utf-8")
+settings = config["DEFAULT"]
+statuses = {"2": "2 - Pre-Alpha", "3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}
+
+setup(
+    name=settings["lib_name"],
+    version=settings["version"],
+    description=settings["description"],
+    long_description=(here/"README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    keywords=settings["keywords"],
+    author=settings["author"],
+    author_email=settings["author_email"],
+    url=settings["git_url"],
+    license="Apache-2.0",
+    python_requires=">=" + settings["min_python"],
+    install_requires=settings["requirements"].split(),
+    extras_require={"dev": settings["dev_requirements"].split()},
+    packages=[settings["lib_path"]],
+    package_data={settings["lib_path"]: ["builtin_text/*"]},
+    entry_points={"console_scripts": settings["console_scripts"].split()},
+    classifiers=[
+        "Development Status :: " + statuses[settings["status"]],
+        "Intended Audience :: " + settings["audience"],
+        "Natural Language :: " + settings["language"],
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    zip_safe=False,
+)
