@@ -39,10 +39,9 @@ def build_backbone(name, weights=None):
     return net, width
 
 # %% ../nbs/06_model.ipynb #41537ae7
-def _known_weights(name): return {} if name in OWN_BACKBONES else torchvision.models.get_model_weights(name).__members__
-
 def _fetch_weights(name, weights):
-    entry = _known_weights(name)[one_of(f"backbone_weights of {name}", weights, [*_known_weights(name), None])]
+    known = {} if name in OWN_BACKBONES else {w.name: w for w in torchvision.models.get_model_weights(name)}
+    entry = known[one_of(f"backbone_weights of {name}", weights, [*known, None])]
     try: return entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except Exception as e: # no network, a broken download, a file that is no state dict
         raise LabError(f"backbone_weights {weights!r} of {name} did not come from {entry.url} ({one_line(e)}); connect once, set TORCH_HOME to a folder whose hub/checkpoints holds {Path(entry.url).name}, name a file, or set backbone_weights to null for random ones") from e
@@ -52,11 +51,18 @@ def _read_weights(path):
     try: return dict(load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e: raise LabError(f"{path}: these backbone weights cannot be read ({one_line(e)}); it takes a state dict as safetensors or torch.save write it, without pickled code") from e
 
+def _fill(net, state, left_out, complaint):
+    "Load `state` if all names and shapes agree; `left_out` begins the names that may be missing."
+    mine = {k: v.shape for k,v in net.state_dict().items() if not k.startswith(left_out)}
+    wrong = [k for k in sorted({**mine, **state}) if mine.get(k) != getattr(state.get(k), "shape", None) and not k.endswith("num_batches_tracked")] # old files lack those
+    if wrong: raise LabError(f"{complaint[0]} ({len(wrong)} entries differ, the first is {wrong[0]}); {complaint[1]}")
+    net.load_state_dict(state, strict=False)
+
 def _fill_backbone(net, name, weights):
     from_file = Path(weights).suffix in (".safetensors", ".pth", ".pt")
     state = _read_weights(Path(weights)) if from_file else _fetch_weights(name, weights)
-    try: net.load_state_dict({k: v for k,v in state.items() if not k.startswith("fc.")}) # the classifier stays behind
-    except (RuntimeError, AttributeError) as e: raise LabError(f"backbone_weights {weights!r} do not fit {name} ({' '.join(str(e).split())[:160]}); choose the backbone that they were made for") from None
+    state = {k: v for k,v in state.items() if not str(k).startswith("fc.")} # the classifier stays behind
+    _fill(net, state, ("fc.",), (f"backbone_weights {weights!r} do not fit {name}", "choose the backbone that they were made for"))
 
 # %% ../nbs/06_model.ipynb #0aa5d1d6
 def projection_head(width, hidden, dim):
@@ -189,19 +195,13 @@ def _read_model(path):
     if "text_fingerprint" not in meta: raise LabError(f"{path}: it does not say which text tower belongs to it; save models with save_model")
     return state, meta
 
-def _fill(model, state, path, text_saved):
-    mine = {k: v.shape for k,v in model.state_dict().items() if text_saved or not k.startswith("text_encoder.")}
-    wrong = sorted(k for k in mine.keys() | state.keys() if k not in mine or k not in state or mine[k] != state[k].shape)
-    if wrong: raise LabError(f"{path}: the weights do not fit config.json beside them ({len(wrong)} entries differ, the first is {wrong[0]}); keep the two files of one run together")
-    model.load_state_dict(state, strict=False)
-
 def load_model(folder):
     "The model and configuration that `save_model` wrote: `(DualEncoder, LabConfig)`, in evaluation mode."
     path, config = Path(folder)/"model.safetensors", LabConfig.load(Path(folder)/"config.json")
     state, meta = _read_model(path)
     saved, frozen = json.loads(meta["text_saved"]), json.loads(meta["text_frozen"])
     model = DualEncoder(_image_encoder(config, None), load_text_encoder(config, not saved, frozen))
-    _fill(model, state, path, saved)
+    _fill(model, state, () if saved else ("text_encoder.",), (f"{path}: the weights do not fit config.json beside them", "keep the two files of one run together"))
     if weights_fingerprint(model.text_encoder.tower) != meta["text_fingerprint"]: raise LabError(f"{path}: it was trained against another text tower than {config.text_model!r} is now; use the tower that it was trained with")
     return model.eval(), config
 
