@@ -10,16 +10,14 @@ __all__ = ['TRANSFORM', 'to_rgb', 'load_image', 'resize_square', 'normalize', 'd
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
-
 from . import __version__
 from .core import CLIP_MEAN, CLIP_STD, LabError, atomic_path, cache_dir, fingerprint, read_json, write_json
 
-# %% ../nbs/04_images.ipynb #2f27b95f
+# %% ../nbs/04_images.ipynb #02f79932
 def _from_16_bits(image):
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535: raise ValueError("its 32-bit values have no fixed range; save it with 8 or 16 bits")
@@ -29,6 +27,7 @@ def _over_white(image):
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
+# %% ../nbs/04_images.ipynb #b7338439
 def to_rgb(image):
     "Any PIL image as 8-bit RGB: 16-bit grey scaled, transparency laid over white, the rest converted."
     if image.mode == "F": raise ValueError("its floating-point values have no fixed range; save it with 8 or 16 bits")
@@ -36,8 +35,9 @@ def to_rgb(image):
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info: return _over_white(image)
     return image.convert("RGB")
 
-# %% ../nbs/04_images.ipynb #b484a610
+# %% ../nbs/04_images.ipynb #bf26ec71
 def _why(path, error):
+    "Why a picture did not decode, in words."
     if os.path.isdir(path): return "it is a folder"
     if isinstance(error, FileNotFoundError): return "there is no such file"
     if not isinstance(error, Image.UnidentifiedImageError): return getattr(error, "strerror", None) or str(error)
@@ -58,7 +58,7 @@ def resize_square(image, size):
     "Squash a PIL RGB image to `size`×`size`, bicubic with antialiasing, the whole picture kept: (S, S, 3) uint8."
     return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
 
-# %% ../nbs/04_images.ipynb #bc1618e7
+# %% ../nbs/04_images.ipynb #3f67e360
 def _per_channel(values, like): return torch.as_tensor(values, dtype=torch.float32, device=like.device).view(1, 3, 1, 1)
 
 def normalize(pixels, mean=CLIP_MEAN, std=CLIP_STD):
@@ -66,32 +66,35 @@ def normalize(pixels, mean=CLIP_MEAN, std=CLIP_STD):
     if not isinstance(pixels, torch.Tensor): pixels = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
         raise LabError(f"normalize got {pixels.dtype} of shape {tuple(pixels.shape)}; give it uint8 pixels of shape (B, H, W, 3), as pack_images makes them")
-    x = pixels.permute(0, 3, 1, 2).float()  # a view: (B, H, W, 3) in memory is channels_last
+    x = pixels.permute(0, 3, 1, 2).float()  # (B, 3, H, W), a view in other strides, then a copy in float32
     return x.div_(255).sub_(_per_channel(mean, x)).div_(_per_channel(std, x)).contiguous(memory_format=torch.channels_last)
 
+# %% ../nbs/04_images.ipynb #8f7655ad
 def denormalize(x, mean=CLIP_MEAN, std=CLIP_STD):
     "The pixels (B, H, W, 3) uint8 that `normalize` made `x` (B, 3, H, W) from."
     x = x.float() * _per_channel(std, x) + _per_channel(mean, x)
     return x.mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
-# %% ../nbs/04_images.ipynb #9b3b9a1b
+# %% ../nbs/04_images.ipynb #af9724e4
 TRANSFORM = "rgb, upright, squashed to a square, bicubic, uint8"
 
 def _manifest(split, size):
+    "What a packed array is made from; anything that changes a pixel changes it."
     try: files = [(p.name, s.st_size, s.st_mtime_ns) for p in split.image_paths for s in [p.stat()]]
     except OSError as error: raise LabError(f"{error.filename}: this picture cannot be read ({error.strerror}); load the split again, it goes on with what is on disk") from None
     return {"split": split.fingerprint, "images": len(split), "size": size, "files": fingerprint(files), "transform": TRANSFORM, "clip475": __version__}
 
-def _write_npy(file, paths, size, progress):
-    shape, chunk = (len(paths), size, size, 3), 256
+# %% ../nbs/04_images.ipynb #ba191c94
+def _write_npy(file, paths, size, progress, chunk=256):
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), size, size, 3)}
     with ThreadPoolExecutor(os.cpu_count()) as pool, open(file, "wb") as f, tqdm(total=len(paths), desc="pack", unit="image", disable=not progress) as bar:
-        np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        np.lib.format.write_array_header_1_0(f, header)
         for i in range(0, len(paths), chunk):
-            for row in pool.map(lambda p: resize_square(load_image(p), size), paths[i:i+chunk]):
+            for row in pool.map(lambda path: resize_square(load_image(path), size), paths[i:i+chunk]):
                 f.write(row.tobytes())
                 bar.update()
 
-# %% ../nbs/04_images.ipynb #467b3fac
+# %% ../nbs/04_images.ipynb #f386a1dd
 def _open_packed(file, manifest):
     try:
         if read_json(file.with_suffix(".json")) != manifest: return None
@@ -100,14 +103,18 @@ def _open_packed(file, manifest):
     shape = (manifest["images"], manifest["size"], manifest["size"], 3)
     return packed if packed.shape == shape and packed.dtype == np.uint8 else None
 
+def _check_folder(folder, paths):
+    for own in {path.parent.resolve() for path in paths}:
+        if own in (folder.resolve(), *folder.resolve().parents): raise LabError(f"{folder}: this is the pictures' own folder, which is only read; give another one")
+
+# %% ../nbs/04_images.ipynb #7e04a5a0
 def pack_images(split, size, folder=None, progress=True):
     """All pictures of `split`, decoded once: a memory-mapped, read-only (N, S, S, 3) uint8 array whose row i is image i.
 
     Lies in `folder` (default: `cache_dir()/"images"`) with a manifest of what it was made from; its name changes when the split,
     a picture, the size or the transform changes. A picture that does not decode raises `LabError` and leaves nothing behind."""
     folder = Path(folder or cache_dir()/"images").expanduser()
-    for own in {p.parent.resolve() for p in split.image_paths}:
-        if own in (folder.resolve(), *folder.resolve().parents): raise LabError(f"{folder}: these are the pictures' own folders, which are only read; give another one")
+    _check_folder(folder, split.image_paths)
     manifest = _manifest(split, size)
     file = folder/f"{split.name}-{size}px-{fingerprint(manifest)}.npy"
     if (packed := _open_packed(file, manifest)) is not None: return packed
@@ -117,13 +124,14 @@ def pack_images(split, size, folder=None, progress=True):
     except OSError as error: raise LabError(f"{file}: it cannot be written ({error.strerror}); make room, or set CLIP475_CACHE to another folder") from None
     return np.lib.format.open_memmap(file, mode="r")
 
-# %% ../nbs/04_images.ipynb #9a55d59c
+# %% ../nbs/04_images.ipynb #af1744df
 def _generator(what, seed, epoch): return torch.Generator().manual_seed(int(fingerprint(what, int(seed), int(epoch)), 16) % 2**63)
 
 def epoch_order(n, seed, epoch):
     "The order of the `n` image rows in `epoch`: a (n,) int64 permutation that depends on `seed` and `epoch` alone."
     return torch.randperm(n, generator=_generator("order", seed, epoch))
 
+# %% ../nbs/04_images.ipynb #e0adf7c5
 def caption_choice(caption_image, seed, epoch):
     "For each image row one of its own captions, uniformly by `seed` and `epoch`: (N,) int64 caption rows."
     owner = torch.as_tensor(caption_image)  # (M,) never decreasing
@@ -133,6 +141,7 @@ def caption_choice(caption_image, seed, epoch):
     u = torch.rand(len(count), dtype=torch.float64, generator=_generator("caption", seed, epoch))
     return first + (u * count).long()
 
+# %% ../nbs/04_images.ipynb #f0f8e1eb
 def batches(order, batch_size, drop_last=True):
     "Cut `order` (n,) into a list of batches of `batch_size` rows; `drop_last` leaves out a shorter last one."
     if batch_size < 1: raise LabError(f"batch_size is {batch_size}; give a whole number of at least 1")

@@ -43,10 +43,12 @@ def test_train_and_val_share_nothing():
     train, val = load_splits(COCO, LabConfig.from_preset("coco", train_images=200, val_images=1_000))
     assert (len(train), len(val)) == (200, 1_000) and not set(train.image_ids) & set(val.image_ids)
 
-def test_every_picture_decodes_and_packs(val, tmp_path):
-    packed = pack_images(val, 64, tmp_path, progress=False)
-    assert packed.shape == (1_180, 64, 64, 3)
-    for row in range(0, 1_180, 59): assert (packed[row] == resize_square(load_image(val.image_paths[row]), 64)).all()
-    flat = packed.reshape(len(val), -1)
+@pytest.mark.parametrize("name", ["val", "train"])
+def test_every_picture_decodes_and_packs(name, tmp_path):
+    split = load_split(COCO, name)
+    packed = pack_images(split, 64, tmp_path, progress=False)
+    assert packed.shape == (len(split), 64, 64, 3)
+    for row in range(0, len(split), 59): assert (packed[row] == resize_square(load_image(split.image_paths[row]), 64)).all()
+    flat = packed.reshape(len(split), -1)
     assert (flat.std(axis=1) > 1).all()  # no picture has become one colour
-    assert len(np.unique(flat, axis=0)) == len(val)
+    assert len(np.unique(flat, axis=0)) == len(split)
