@@ -101,6 +101,12 @@ def test_a_draw_is_sorted_unique_repeatable_and_grows(n, seed, data):
     assert (rows == draw(n, count, seed)).all() and (draw(n, None, seed) == np.arange(n)).all()
     if count > 1: assert set(draw(n, count - 1, seed)) <= set(rows)
 
+def test_the_seed_decides_the_draw_and_no_row_is_preferred():
+    draws = [draw(40, 10, seed) for seed in range(200)]
+    assert len({tuple(rows) for rows in draws}) > 190
+    often = np.bincount(np.concatenate(draws), minlength=40)
+    assert 20 < often.min() and often.max() < 85  # 50 times each, on average
+
 def test_two_splits_share_no_image(tmp_path):
     config = LabConfig.from_preset("tiny", train_images=2, val_images=2)
     write_folder(tmp_path, coco_data((1, 2, 3)), "train")
@@ -435,6 +441,8 @@ def test_whatever_changes_is_packed_anew(tmp_path):
     assert added(split) == 1 and added(split) == 0
     assert added(split, 16) == 1
     assert added(split.select([2, 0])) == 1 and added(split.select([0, 2])) == 1
+    words = CaptionSplit(split.name, split.root, split.image_ids, split.image_paths, ["x"] + split.captions[1:], split.caption_image)
+    assert added(words) == 1
     path = split.image_paths[1]
     Image.new("RGB", (50, 50), colour_of(int(split.image_ids[1]))).save(path)
     assert added(split) == 1 and added(split) == 0
