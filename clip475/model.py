@@ -54,7 +54,7 @@ def _read_weights(path):
 def _fill(net, state, left_out, complaint):
     "Load `state` if all names and shapes agree; `left_out` begins the names that may be missing."
     mine = {k: v.shape for k,v in net.state_dict().items() if not k.startswith(left_out)}
-    wrong = [k for k in sorted({**mine, **state}) if mine.get(k) != getattr(state.get(k), "shape", None) and not k.endswith("num_batches_tracked")] # old files lack those
+    wrong = [k for k in sorted({**mine, **state}, key=str) if mine.get(k) != getattr(state.get(k), "shape", None) and not str(k).endswith("num_batches_tracked")] # old files lack those
     if wrong: raise LabError(f"{complaint[0]} ({len(wrong)} entries differ, the first is {wrong[0]}); {complaint[1]}")
     net.load_state_dict(state, strict=False)
 

@@ -93,23 +93,26 @@ def _hub_answers():
     try: return bool(get_session().head(hub.ENDPOINT, timeout=10).status_code)
     except Exception: return False
 
-def _from_pretrained(cls, name, revision=None, online=True, **options):
+def _from_pretrained(cls, name, revision=None, online=True, check=lambda found: None, **options):
     "`cls.from_pretrained`, with every failure told as one `LabError`."
     source, where = _source(name, revision)
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1") # no bot on the hub is asked to convert .bin weights
     try:
-        with _quiet(): return cls.from_pretrained(source, local_files_only=not (where and online and _hub_answers()), **where, **options)
+        with _quiet(): found = cls.from_pretrained(source, local_files_only=not (where and online and _hub_answers()), **where, **options)
+        check(found)
+        return found
     except Exception as e:
         if where: raise LabError(f"text_model {name!r} at {revision} is not on this machine and did not come from the hub ({one_line(e)}); connect once, set HF_HOME to a folder that holds it, name a folder, or use text_model \"builtin\"") from e
         raise LabError(f"{source}: no usable CLIP text tower there ({one_line(e)}); it takes config.json, model.safetensors and tokenizer.json as save_pretrained writes them") from e
 
 # %% ../nbs/05_text.ipynb #5bb7212c
+def _check_tokenizer(tokenizer):
+    if len(tokenizer) < 514: raise ValueError(f"its tokenizer knows only {len(tokenizer)} tokens") # 2 × 256 byte symbols and two marks
+    if tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id: raise ValueError("its tokenizer sets no end mark")
+
 def load_tokenizer(name="builtin", revision=None):
     "The tokenizer of the text tower `name`; one that lost its vocabulary is refused."
-    tokenizer = _from_pretrained(CLIPTokenizer, name, revision, model_max_length=77)
-    if len(tokenizer) < 514 or tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id: # 2 × 256 byte symbols and two marks
-        raise LabError(f"text_model {name!r}: its tokenizer knows only {len(tokenizer)} tokens; tokenizer.json is missing or broken, write it with build_clip_tokenizer")
-    return tokenizer
+    return _from_pretrained(CLIPTokenizer, name, revision, check=_check_tokenizer, model_max_length=77)
 
 # %% ../nbs/05_text.ipynb #5e7e4e40
 def tokenize(captions, tokenizer, context_length=77, padding="max_length"):
@@ -198,7 +201,7 @@ def load_text_encoder(config, pretrained=True, frozen=True):
 
     `pretrained=False` builds the same shape with random weights and without any download."""
     name, revision = config.text_model, config.text_revision
-    tower = _tower(name, revision) if pretrained else CLIPTextModelWithProjection(_tower_config(name, revision))
+    tower = _tower(name, revision) if pretrained else CLIPTextModelWithProjection(_tower_config(name, revision)).float()
     _check_shape(name, tower.config, config)
     return TextEncoder(tower, frozen=frozen, pretrained=pretrained)
 
@@ -241,15 +244,19 @@ def weights_fingerprint(module):
         parts += [f"{name} {t.dtype} {tuple(t.shape)}", t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()]
     return fingerprint(*parts)
 
+def _tokenizer_fingerprint(tokenizer):
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    return fingerprint({k: v for k,v in whole.items() if k not in ("padding", "truncation")}) # those two are left over from the last call
+
 def _manifest(split, config, encoder, tokenizer):
     return {"captions": fingerprint(split.captions), "split": split.fingerprint, "context_length": config.context_length,
             "text_model": config.text_model, "text_revision": config.text_revision, "weights": weights_fingerprint(encoder.tower),
-            "tokenizer": fingerprint(tokenizer.backend_tokenizer.to_str()), "cleaning": CLEANING}
+            "tokenizer": _tokenizer_fingerprint(tokenizer), "cleaning": CLEANING}
 
 def _read_cache(path, manifest, shape):
     "The embeddings in `path`, or None if they are missing, damaged or made from anything else."
     try:
-        with safe_open(path, "pt") as f: meta, rows = f.metadata() or {}, f.get_tensor("embeddings")
+        with safe_open(path, "pt") as f: meta, rows = f.metadata() or {}, f.get_tensor("embeddings").clone() # no view of a file that may change
     except (OSError, SafetensorError): return None
     same = meta.get("manifest") == json.dumps(manifest) and meta.get("content") == fingerprint(rows.numpy())
     return rows if same and tuple(rows.shape) == shape else None
