@@ -85,7 +85,7 @@ def _number(low, high=math.inf):
     return Rule(words, lambda v: _real(v) and low <= v <= high)
 
 # %% ../nbs/00_core.ipynb #f0cdddae
-def _text(): return Rule("a text", lambda v: isinstance(v, str) and v.strip() != "")
+def _text(): return Rule("a text", lambda v: isinstance(v, (str, os.PathLike)) and str(v).strip() != "")
 
 def _choice(*known): return Rule(f"one of: {', '.join(known)}", lambda v: v in known)
 
@@ -112,7 +112,8 @@ class Settings:
 
     def _check(self, name, value, rule):
         if not rule.holds(value): raise LabError(f"field {name!r} is {value!r}; it takes {rule.words}")
-        if isinstance(value, list): object.__setattr__(self, name, tuple(value))  # nobody can change a tuple
+        if isinstance(value, list): object.__setattr__(self, name, tuple(value))               # nobody can change a tuple
+        if isinstance(value, os.PathLike): object.__setattr__(self, name, os.fspath(value))    # JSON knows no paths
 
     @classmethod
     def from_preset(cls, name="tiny", **changes):
