@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'PRESETS', 'LabError', 'fails_with', 'one_of', 'read_json', 'atomic_path', 'write_text',
            'write_json', 'Rule', 'said', 'Settings', 'Readable', 'LabConfig', 'fingerprint', 'cache_dir',
-           'new_run_folder', 'seed_everything', 'pick_device', 'hardware', 'check_torch']
+           'new_run_folder', 'seed_everything', 'pick_device', 'check_torch']
 
 # %% ../nbs/00_core.ipynb #a5a71e45
-import dataclasses, hashlib, html, json, math, os, platform, random, shutil, sys
+import dataclasses, hashlib, html, json, math, os, random, shutil, sys
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -184,7 +184,7 @@ class LabConfig(Readable):
     context_length: int = said(77, _whole(3), "tokens per caption, padded and truncated")
     text_model: str = said("builtin", _text(), "“builtin”, a folder, or a name on the Hugging Face hub")
     text_revision: str|None = said(None, _or_none(_text()), "the pinned commit of a hub model")
-    backbone: str = said("resnet18", _text(), "a torchvision ResNet without its classifier")
+    backbone: str = said("resnet10", _text(), "a ResNet of torchvision, or resnet10, without its classifier")
     backbone_weights: str|None = said(None, _or_none(_text()), "torchvision weights such as IMAGENET1K_V2; None: random")
     head_hidden: int = said(512, _whole(1), "width of the projection head's hidden layer")
     embedding_dim: int = said(512, _whole(1), "D, the width of the shared space")
@@ -200,9 +200,8 @@ class LabConfig(Readable):
 
 # %% ../nbs/00_core.ipynb #33c39a94
 PRESETS = {
-    "coco": dict(data="coco2014", train_images=16_000, val_images=4_000, image_size=224,
-                 backbone="resnet50", backbone_weights="IMAGENET1K_V2", head_hidden=2048,
-                 text_model="openai/clip-vit-base-patch32", text_revision="3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268",
+    "coco": dict(data="coco2014", train_images=16_000, val_images=4_000, image_size=224, backbone="resnet50", backbone_weights="IMAGENET1K_V2",
+                 head_hidden=2048, text_model="openai/clip-vit-base-patch32", text_revision="3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268",
                  batch_size=256, epochs=10, learning_rate=3e-4, weight_decay=0.1),
     "tiny": {},
 }
@@ -251,13 +250,6 @@ def pick_device():
     import torch
     if torch.cuda.is_available(): return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-def hardware(device=None):
-    "The device in words, for example “CPU, 2 cores (x86_64)”, as a report needs it."
-    import torch
-    device = torch.device(device) if device is not None else pick_device()
-    if device.type == "cuda": return torch.cuda.get_device_name(device)
-    return f"{device.type.upper()}, {os.cpu_count()} cores ({platform.machine()})"
 
 # %% ../nbs/00_core.ipynb #b15e18e0
 def check_torch():
