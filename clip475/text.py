@@ -245,8 +245,9 @@ def weights_fingerprint(module):
     return fingerprint(*parts)
 
 def _tokenizer_fingerprint(tokenizer):
-    whole = json.loads(tokenizer.backend_tokenizer.to_str())
-    return fingerprint({k: v for k,v in whole.items() if k not in ("padding", "truncation")}) # those two are left over from the last call
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding(); backend.no_truncation() # what the last call left behind
+    return fingerprint(backend.to_str().encode())
 
 def _manifest(split, config, encoder, tokenizer):
     return {"captions": fingerprint(split.captions), "split": split.fingerprint, "context_length": config.context_length,
