@@ -1,0 +1,165 @@
+"The lab from the command line, end to end, in processes of their own: results, resumption, and what it says of bad input."
+import csv, json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--train", "256", "--val", "64", "--set", "epochs=3", "--set", "batch_size=32"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory): return tmp_path_factory.mktemp("place")
+
+
+def environment(place): return os.environ | {"CLIP475_CACHE": str(place/"cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def clip475(place, *argv):
+    return subprocess.run([sys.executable, "-m", "clip475", *map(str, argv)], cwd=place, env=environment(place), capture_output=True, text=True)
+
+
+def ok(place, *argv):
+    done = clip475(place, *argv, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def first(place): return ok(place, "demo", *SMALL, "--run", "first")
+
+
+def test_demo_leaves_a_whole_run(place, first):
+    assert set(first) >= {"run", "i2t", "t2i", "images", "captions", "chance", "seconds", "ceiling"}
+    assert first["images"] == 64 and first["captions"] == 320 and first["chance"]["t2i"]["R@1"] == pytest.approx(1/64) and first["chance"]["i2t"]["R@1"] == pytest.approx(5/320)
+    assert all(0 <= first[way][f"R@{k}"] <= 1 for way in ("i2t", "t2i") for k in (1, 5, 10))
+    names = {p.relative_to(place/"first").as_posix() for p in (place/"first").rglob("*") if p.is_file()}
+    assert {"config.json", "metrics.csv", "model.safetensors", "report.md", "results.json", "figures/search-a-red-boat.png", "figures/loss.png"} <= names
+    report = (place/"first"/"report.md").read_text()
+    assert report.index("| component |") < report.index("Hardware") < report.index("## Retrieval")
+
+
+def test_it_learned_something(place, first):
+    rows = list(csv.DictReader(open(place/"first"/"metrics.csv")))
+    assert len(rows) == 3 and float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert first["i2t"]["R@10"] > 3*first["chance"]["i2t"]["R@10"] and first["t2i"]["R@10"] > 2*first["chance"]["t2i"]["R@10"]
+
+
+def test_the_same_seed_gives_the_same_numbers(place, first):
+    second = ok(place, "train", *SMALL, "--run", "second")
+    assert {k: second[k] for k in ("i2t", "t2i")} == {k: first[k] for k in ("i2t", "t2i")}
+    assert (place/"first"/"model.safetensors").read_bytes() == (place/"second"/"model.safetensors").read_bytes()
+
+
+def test_a_killed_run_resumes_to_the_same_bits(place, first):
+    process = subprocess.Popen([sys.executable, "-m", "clip475", "train", *SMALL, "--run", "killed"], cwd=place, env=environment(place), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        waiting = time.monotonic() + 240
+        while not (place/"killed"/"checkpoint"/"last.pt").exists() and process.poll() is None and time.monotonic() < waiting: time.sleep(.02)
+    finally: process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (place/"killed"/"checkpoint"/"last.pt").exists()
+    resumed = ok(place, "train", "--resume", "--run", "killed")
+    assert resumed["i2t"] == first["i2t"] and resumed["t2i"] == first["t2i"]
+    assert (place/"killed"/"model.safetensors").read_bytes() == (place/"first"/"model.safetensors").read_bytes()
+
+
+def test_eval_and_search_use_what_was_trained(place, first):
+    again = ok(place, "eval", "--run", "first")
+    assert again["i2t"] == first["i2t"] and again["t2i"] == first["t2i"]
+    found = ok(place, "search", "two white dogs in the snow", "--run", "first", "-k", "3")
+    assert len(found["results"]) == 3 and Path(place/found["figure"]).is_file()
+    assert all(Path(f["file"]).is_file() and len(f["captions"]) == 5 for f in found["results"])
+
+
+def test_progress_goes_to_stderr_and_the_result_to_stdout(place, first):
+    done = clip475(place, "eval", "--run", "first")
+    assert done.returncode == 0 and "image→text" in done.stdout and "batch" not in done.stdout
+
+
+def test_prepare_names_its_folders_and_leaves_the_images_alone(place, first):
+    made = ok(place, "prepare", "--train", "256", "--val", "64")
+    root = Path(made["data"])
+    assert root.is_relative_to(place/"cache") and made["train"]["images"] == 256 and Path(made["cache"]) == place/"cache"
+    shutil.copytree(root, place/"mine")
+    before = sorted(p.relative_to(place/"mine") for p in (place/"mine").rglob("*"))
+    ok(place, "prepare", "--data", "mine")
+    assert sorted(p.relative_to(place/"mine") for p in (place/"mine").rglob("*")) == before
+
+
+# ── bad input: one sentence, exit code 2, nothing left behind ──
+
+def refused(place, *argv):
+    before = {p for p in place.rglob("*") if "cache" not in p.parts}
+    done = clip475(place, *argv)
+    assert done.returncode == 2 and done.stdout == "", (done.stdout, done.stderr)
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("clip475: ")]
+    assert len(sentences) == 1 and "Traceback" not in done.stderr, done.stderr
+    return sentences[0], {p for p in place.rglob("*") if "cache" not in p.parts} - before
+
+
+def damaged(place, name, change):
+    "A copy of the prepared scenes with one thing changed."
+    root = place/name
+    shutil.copytree(next((place/"cache").glob("scenes-*")), root)
+    file = root/"annotations"/"captions_train2014.json"
+    if change is not None: file.write_text(change(json.loads(file.read_text())))
+    return root
+
+
+def entry(part, **fields):
+    def change(data):
+        data[part].append(fields)
+        return json.dumps(data)
+    return change
+
+
+def test_bad_caption_files(place, first):
+    cases = {"nojson": (lambda d: "{", "not JSON"), "nofield": (lambda d: json.dumps({"images": d["images"]}), "annotations"),
+             "stranger": (entry("annotations", id=9_999_999, image_id=42_000_000, caption="x"), "42000000"),
+             "silent": (lambda d: json.dumps(d | {"annotations": [a for a in d["annotations"] if a["image_id"] != 7]}), "image 7")}
+    for name, (change, says) in cases.items():
+        message, left = refused(place, "train", "--data", damaged(place, name, change), "--run", f"run-{name}")
+        assert says in message and "captions_train2014.json" in message, message
+        assert not (place/f"run-{name}").exists()
+
+
+def test_an_image_that_does_not_decode(place, first):
+    root = damaged(place, "broken", None)
+    broken = root/"train2014"/"COCO_train2014_000000000009.jpg"
+    broken.write_bytes(b"<html>404</html>")
+    message, left = refused(place, "train", "--data", root, "--run", "run-broken")
+    assert broken.name in message and not (place/"run-broken").exists()
+
+
+def test_an_empty_split_and_too_many_images(place, first):
+    root = damaged(place, "empty", None)
+    for p in (root/"val2014").iterdir(): p.unlink()
+    assert "val2014" in refused(place, "train", "--data", root)[0]
+    message, _ = refused(place, "train", "--data", next((place/"cache").glob("scenes-*")), "--train", "999999")
+    assert "999999" in message and "256" in message
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["train", "--data", "nowhere"], "nowhere"), (["train", "--run", "first"], "--resume"), (["train", "--resume", "--run", "never"], "never"),
+    (["train", "--resume", "--run", "first", "--seed", "7"], "seed"), (["eval", "--run", "never"], "never"), (["search", "a dog", "--run", "first", "-k", "65"], "65"),
+    (["search", " ", "--run", "first"], "empty"), (["train", "--set", "speed=9"], "speed"), (["train", "--set", "epochs=none"], "epochs"), (["train", "--set", "nothing"], "FIELD=VALUE"),
+    (["train", "--config", "none.json"], "none.json"), (["train", "--set", "text_model=someone/clip"], "revision"), (["train", "--set", "backbone=vgg"], "resnet18"),
+    (["train", "--set", "batch_size=1000", "--train", "256", "--val", "64"], "batch_size"), (["fly"], "demo"), ([], "VERB")])
+def test_mistakes_on_the_command_line(place, first, argv, says):
+    message, left = refused(place, *argv)
+    assert says in message, message
+    assert not left, left
+
+
+def test_a_model_of_another_config_or_a_cut_file_is_refused(place, first):
+    shutil.copytree(place/"first", place/"cut")
+    weights = place/"cut"/"model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert "model.safetensors" in refused(place, "search", "a dog", "--run", "cut")[0]
+
+
+def test_help_reads_well(place):
+    done = clip475(place, "--help")
+    assert done.returncode == 0 and all(verb in done.stdout for verb in ("demo", "prepare", "train", "eval", "search", "params", "examples"))
+    assert max(map(len, done.stdout.splitlines())) <= 100
