@@ -7,7 +7,7 @@ __all__ = ['read_captions', 'caption_file', 'CaptionSplit', 'images_on_disk', 'd
            'words_per_caption', 'describe_split']
 
 # %% ../nbs/03_coco.ipynb #a396d934
-import contextlib, io, os, re
+import contextlib, io, os, random, re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -163,7 +163,8 @@ def images_on_disk(coco, folder):
 def draw(n, count, seed=42):
     "`count` of the rows 0…n-1, drawn by `seed` and sorted; a larger `count` only adds rows. `None` takes all."
     if count is None: return np.arange(n)
-    return np.sort(np.random.default_rng(seed).permutation(n)[:count])
+    rng = random.Random(seed)
+    return np.sort(np.argsort([rng.random() for _ in range(n)])[:count])
 
 # %% ../nbs/03_coco.ipynb #04d6935a
 def _check_count(count, folder, found, listed):

@@ -24,7 +24,7 @@ from .retrieval import evaluate_retrieval, retrieval_table, search
 from .scenes import load_truth, oracle_recall
 from .text import encode_texts, known_token_share, load_tokenizer, weights_fingerprint
 from .train import autocast_dtype, embed_images, fit, prepare_data
-from .viz import plot_curves, plot_gallery, plot_grouped_bars, plot_heatmap, save_figure, show_images
+from .viz import plot_curves, plot_gallery, plot_grouped_bars, plot_similarity, save_figure, show_images
 
 # %% ../nbs/14_report.ipynb #75be8bd6
 def recall_columns(image_embeddings, val):
@@ -97,8 +97,8 @@ def similarity_figure(image_embeddings, val, seed, count=8):
     "Cosine similarity of `count` random images and one caption of each; the right pairs lie on the diagonal."
     rows = np.sort(np.random.default_rng(seed).permutation(len(val))[:count])
     captions = val.split.first_caption[rows]
-    return plot_heatmap(image_embeddings[rows] @ val.text_embeddings[captions].T, rows=[f"image {r}" for r in rows], cols=[val.split.captions[c] for c in captions],
-                        label="cosine similarity", boxes=[(i, i) for i in range(len(rows))])
+    return plot_similarity(val.text_embeddings[captions] @ image_embeddings[rows].T, [val.split.captions[c] for c in captions],
+                           [load_image(val.split.image_paths[r]) for r in rows], boxes=[(i, i) for i in range(len(rows))])
 
 # %% ../nbs/14_report.ipynb #42d17246
 def loss_figure(metrics, config):
@@ -118,9 +118,9 @@ def recall_figure(results):
     series = {"chance": {}, "this model": {}} | ({"ceiling (oracle)": {}} if "ceiling" in results else {})
     for way, arrow in (("i2t", "image→text"), ("t2i", "text→image")):
         for k, value in results[way].items():
-            series["this model"][f"{arrow}\n{k}"] = value
-            series["chance"][f"{arrow}\n{k}"] = results["chance"][way][k]
-            if "ceiling" in results: series["ceiling (oracle)"][f"{arrow}\n{k}"] = results["ceiling"][way][k]
+            series["this model"][f"{k}\n{arrow}"] = value
+            series["chance"][f"{k}\n{arrow}"] = results["chance"][way][k]
+            if "ceiling" in results: series["ceiling (oracle)"][f"{k}\n{arrow}"] = results["ceiling"][way][k]
     return plot_grouped_bars(series, ylabel="recall")
 
 # %% ../nbs/14_report.ipynb #e0fc4aed
@@ -201,7 +201,7 @@ def _training_text(metrics, config):
             f"The temperature went from {config.init_temperature} to {last.temperature:.4f}.")
 
 _FIGURES = {"loss": "Loss", "recall_curves": "Recall while training", "sample_pairs": "Random pairs of the validation data", "text_to_image": "From words to pictures: two queries answered rightly and two wrongly, by the order of the seed",
-            "image_to_text": "From pictures to words, chosen in the same way", "similarity": "Similarity of eight images (rows) and one caption of each (columns); right pairs are framed"}
+            "image_to_text": "From pictures to words, chosen in the same way", "similarity": "Similarity of one caption each (rows) of eight images (columns); right pairs are framed"}
 
 def report_text(model, config, results, run):
     "The Markdown of report.md."

@@ -373,13 +373,22 @@ def _say(scene, rng, order, colours, kinds, relation, place):
     return Caption(text, mentions, relation, place)
 
 # %% ../nbs/02_scenes.ipynb #4ab3e60b
-def _plans(rng, both):
+_ALL, _SOME = (True, True), ((True, False), (False, True))
+
+def _order(rng): return rng.choice(((0, 1), (1, 0)))
+
+def _one_plan(rng, colour, place): return (rng.choice(((0,), (1,))), (colour,), _ALL, False, place)
+
+def _short_plan(rng):
+    "One that says little of two things: only one of them, no colours, or a group instead of a kind."
+    return rng.choice((_one_plan(rng, True, False), _one_plan(rng, True, False), _one_plan(rng, False, True), _one_plan(rng, True, True),
+                       (_order(rng), (False, False), _ALL, True, True), (_order(rng), _ALL, rng.choice(_SOME), rng.random() < .5, True)))
+
+def _plans(rng, two):
     "What five captions say: (order, colours, kinds, relation, place) each."
-    order, yes, some = (lambda: rng.choice(((0, 1), (1, 0)))), (True, True), ((True, False), (False, True))
-    if not both: return [((0,), (True,), (True,), False, True)]*3 + [((0,), (True,), (True,), False, rng.random() < .5), ((0,), *rng.choice((((True,), (False,)), ((False,), (True,)))), False, True)]
-    short = rng.choice(((rng.choice(((0,), (1,))), yes, yes, False, True), (order(), (False, False), yes, True, True), (order(), yes, rng.choice(some), rng.random() < .5, True)))
-    return [(order(), yes, yes, True, True), (order(), yes, yes, False, True), (order(), yes, yes, True, False),
-            (order(), rng.choice((*some, yes)), yes, rng.random() < .5, True), short]
+    if not two: return [((0,), _ALL, _ALL, False, True)]*2 + [((0,), _ALL, _ALL, False, False), ((0,), (False,), _ALL, False, True), ((0,), _ALL, (rng.random() < .5,), False, True)]
+    fourth = (_order(rng), rng.choice(_SOME), _ALL, rng.random() < .5, True) if rng.random() < .5 else _one_plan(rng, True, rng.random() < .5)
+    return [(_order(rng), _ALL, _ALL, True, True), (_order(rng), _ALL, _ALL, False, True), (_order(rng), _ALL, _ALL, True, False), fourth, _short_plan(rng)]
 
 # %% ../nbs/02_scenes.ipynb #d64b0077
 def caption_scene(scene):

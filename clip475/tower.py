@@ -87,7 +87,9 @@ def save_tower(model, heard, folder):
     tower.get_input_embeddings().weight[~heard] = 0
     state = {k: v.detach().half().contiguous() for k, v in tower.state_dict().items()}
     write_text(Path(folder)/"config.json", tower.config.to_json_string())
-    with atomic_path(Path(folder)/"model.safetensors") as part: save_file(state, part, {"format": "pt"})
+    with atomic_path(Path(folder)/"model.safetensors") as part:
+        save_file(state, part, {"format": "pt"})
+        part.chmod(0o644)     # safetensors writes for its owner only; a package is for everybody
     return Path(folder)
 
 # %% ../nbs/16_tower.ipynb #320ef760

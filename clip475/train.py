@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PreparedSplit', 'data_root', 'prepare_data', 'learning_rate_at', 'autocast_dtype', 'reuse_freed_memory', 'TrainState',
            'start_training', 'train_step', 'train_epoch', 'embed_images', 'validation_loss', 'save_checkpoint',
-           'load_checkpoint', 'validate', 'fit']
+           'load_checkpoint', 'validate', 'epoch_line', 'fit']
 
 # %% ../nbs/09_train.ipynb #494ac38e
 import ctypes, math, pickle, sys
@@ -44,9 +44,13 @@ def data_root(config, progress=True):
     "The folder in COCO's layout that `config.data` names; the scenes are drawn if they are not there yet."
     return prepare_scenes(config, progress) if config.data == "scenes" else Path(config.data)
 
+def _note_missing(split):
+    if split.missing: tqdm.write(f"{split.name}: {split.missing:,} of the {split.missing + len(split):,} listed images are not on disk; going on with {len(split):,}", file=sys.stderr)
+
 def prepare_data(config, progress=True):
     "Step 1 in one call: read the splits, pack the images, encode the captions. Returns two `PreparedSplit`s, train and val."
     splits = load_splits(data_root(config, progress), config)
+    if progress: [_note_missing(s) for s in splits]
     encoder, tokenizer = load_text_encoder(config), load_tokenizer(config.text_model, config.text_revision)
     return tuple(PreparedSplit(s, pack_images(s, config.image_size, progress=progress), caption_embeddings(s, config, encoder, tokenizer, progress=progress)) for s in splits)
 
@@ -198,6 +202,12 @@ def validate(state, val, config, measure=None):
     return {"val_loss": validation_loss(image_embeddings, val, state.model.logit_scale, config), **more}
 
 # %% ../nbs/09_train.ipynb #7dd5234e
+def epoch_line(row, epochs):
+    "One line on an epoch for people who watch: losses, and Recall@1 where it was measured."
+    recall = "".join(f", {arrow} R@1 {row[key]:.1%}" for key, arrow in (("i2t_R@1", "image→text"), ("t2i_R@1", "text→image")) if key in row)
+    return f"epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.3f}, on unseen images {row['val_loss']:.3f}{recall} ({row['images_per_second']:.0f} images/s)"
+
+# %% ../nbs/09_train.ipynb #c7217ba1
 def fit(config, train, val, run, resume=False, measure=None, progress=True):
     """Train the model of `config` on `train`, validate on `val` after each epoch, and keep all in the folder `run`.
 
@@ -212,4 +222,5 @@ def fit(config, train, val, run, resume=False, measure=None, progress=True):
         state.epoch += 1
         state.metrics.append(row | validate(state, val, config, measure))
         save_checkpoint(state, config, run)
+        if progress: tqdm.write(epoch_line(state.metrics[-1], config.epochs), file=sys.stderr)
     return state

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'HIT', 'MISS', 'QUIET', 'VISION', 'STYLES', 'to_pixels', 'as_seen_with', 'wrap', 'show_images',
-           'plot_curves', 'plot_bars', 'plot_grouped_bars', 'plot_histograms', 'plot_heatmap', 'GalleryRow', 'mark',
-           'plot_gallery', 'save_figure']
+           'plot_curves', 'plot_bars', 'plot_grouped_bars', 'plot_histograms', 'plot_heatmap', 'plot_similarity',
+           'GalleryRow', 'mark', 'plot_gallery', 'save_figure']
 
 # %% ../nbs/01_viz.ipynb #fd8597ab
 import textwrap
@@ -138,14 +138,16 @@ def plot_grouped_bars(groups, ylabel=None, title=None, ax=None, fmt="{:.2f}"):
     labels, width = list(next(iter(groups.values()))), .8/len(groups)
     for name,values in groups.items():
         if list(values) != labels: raise LabError(f"series {name!r} has the labels {list(values)}; give it those of the first one, {labels}")
-    ax = _axes(ax, 6, 3)
+    ax = _axes(ax, max(4.5, 1 + .42*len(labels)*len(groups)), 3)
     for i,(name, values) in enumerate(groups.items()):
         colour, _, _, hatch = _style(i)
         at = np.arange(len(labels)) + (i - (len(groups) - 1)/2)*width
         bars = ax.bar(at, list(values.values()), width*.94, label=name, color=PALETTE[colour], hatch=hatch, edgecolor="white")
         ax.bar_label(bars, [fmt.format(v) for v in values.values()], fontsize=7, padding=1)
-    ax.set_xticks(range(len(labels)), labels)
-    return _finish(ax, True, ylabel=ylabel, title=title)
+    ax.set_xticks(range(len(labels)), labels, fontsize=8)
+    ax.set_title(title, pad=24)                                        # the legend stands between title and bars
+    ax.legend(ncols=len(groups), loc="lower center", bbox_to_anchor=(.5, 1), frameon=False, fontsize=8)
+    return _finish(ax, ylabel=ylabel)
 
 # %% ../nbs/01_viz.ipynb #2e3b8dcf
 def plot_histograms(samples, xlabel, ylabel="share", bins=40, title=None, ax=None):
@@ -191,6 +193,18 @@ def _ticks(ax, rows, cols):
     if cols is not None:
         tilted = dict(rotation=30, ha="right") if max(len(str(c)) for c in cols) > 6 else {}
         ax.set_xticks(range(len(cols)), [wrap(c, 34) for c in cols], fontsize=8, **tilted)
+
+# %% ../nbs/01_viz.ipynb #09653434
+def plot_similarity(matrix, captions, images, label="cosine similarity", boxes=()):
+    "Similarity of `captions` (rows) and `images` (columns, drawn below): a heatmap whose axes can be read and seen."
+    fig = plot_heatmap(matrix, rows=captions, label=label, boxes=boxes)
+    ax = fig.axes[0]
+    ax.set_xticks([])
+    for col,image in enumerate(images):
+        box = ax.inset_axes((col - .46, len(captions) - .4, .92, .92), transform=ax.transData)
+        box.imshow(to_pixels(image))
+        box.axis("off")
+    return fig
 
 # %% ../nbs/01_viz.ipynb #17bda01a
 class GalleryRow(NamedTuple):
