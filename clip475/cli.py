@@ -102,6 +102,7 @@ def _summary(results):
     run = results["run"]
     return (f"{retrieval_table(results).T.to_string()}\n\n{results['seconds']} s, report: {run}/report.md\nsearch it: clip475 search \"a red boat\" --run {run}")
 
+# %% ../nbs/15_cli.ipynb #fff6aae9
 def _train(args, name="run"):
     from clip475.report import run_lab
     if args.resume:
@@ -120,6 +121,7 @@ def _remove_if_empty(run):
         try: folder.rmdir()
         except OSError: return
 
+# %% ../nbs/15_cli.ipynb #c8764861
 def _demo(args):
     args.resume = False
     results, text = _train(args, "demo")

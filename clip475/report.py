@@ -165,7 +165,7 @@ def _finish(model, config, run, train, val, start):
 def describe_data(model, config, train, val):
     "Where the data came from, how much of it, and which share of the captions' tokens the text tower knows."
     share, unknown = known_token_share(val.split.captions, load_tokenizer(config.text_model, config.text_revision), model.text_encoder)
-    return {"data": {"root": str(val.split.root), "train_images": len(train), "train_captions": len(train.split.captions), "listed_but_missing": train.split.missing + val.split.missing,
+    return {"data": {"folder": val.split.root.name, "train_images": len(train), "train_captions": len(train.split.captions), "listed_but_missing": train.split.missing + val.split.missing,
                      "known_tokens": round(share, 4), "unknown_words": unknown[:10], "fingerprints": {s.split.name: s.split.fingerprint for s in (train, val)}}}
 
 def draw_figures(image_embeddings, val, config, results, run):

@@ -91,6 +91,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     epoch: int = 0
     metrics: list = field(default_factory=list)
+    data: str = ""     # fingerprint of the training split
 
 def start_training(config, device=None):
     "A fresh `TrainState`: the model of `config` with seeded random parts, and AdamW (Loshchilov and Hutter 2019)."
@@ -149,7 +150,7 @@ def embed_images(model, pixels, config, batch_size=256):
     dtype = autocast_dtype(config, device)
     model.eval()
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        parts = [model.encode_image(normalize(torch.as_tensor(np.ascontiguousarray(pixels[i:i + batch_size])).to(device), config.image_mean, config.image_std)).float().cpu()
+        parts = [model.encode_image(normalize(torch.from_numpy(np.array(pixels[i:i + batch_size])).to(device), config.image_mean, config.image_std)).float().cpu()
                  for i in range(0, len(pixels), batch_size)]
     model.train(mode)
     return torch.cat(parts)
@@ -173,7 +174,7 @@ def save_checkpoint(state, config, run):
     run = Path(run)
     save_model(state.model, config, run)
     write_text(run/"metrics.csv", pd.DataFrame(state.metrics).to_csv(index=False))
-    content = {"config": config.to_dict(), "epoch": state.epoch, "metrics": state.metrics, "model": _trained_part(state.model),
+    content = {"config": config.to_dict(), "data": state.data, "epoch": state.epoch, "metrics": state.metrics, "model": _trained_part(state.model),
                "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict()}
     with atomic_path(run/"checkpoint"/"last.pt") as part: torch.save(content, part)
 
@@ -191,7 +192,7 @@ def load_checkpoint(config, run, device=None):
     state.model.load_state_dict(content["model"], strict=False)
     state.optimizer.load_state_dict(content["optimizer"])
     state.scaler.load_state_dict(content["scaler"])
-    state.epoch, state.metrics = content["epoch"], content["metrics"]
+    state.epoch, state.metrics, state.data = content["epoch"], content["metrics"], content["data"]
     return state
 
 # %% ../nbs/09_train.ipynb #a534dfa9
@@ -217,6 +218,8 @@ def fit(config, train, val, run, resume=False, measure=None, progress=True):
     reuse_freed_memory()
     batches(torch.arange(len(train)), config.batch_size)      # too few images? say so before any work
     state = load_checkpoint(config, run) if resume else start_training(config)
+    if resume and state.data != train.split.fingerprint: raise LabError(f"{run}: this run was started on other images or captions than {train.split.root} holds now; restore them, or start a new run")
+    state.data = train.split.fingerprint
     while state.epoch < config.epochs:
         row = train_epoch(state, train, config, progress)
         state.epoch += 1

@@ -1,8 +1,12 @@
 "The lab from the command line, end to end, in processes of their own: results, resumption, and what it says of bad input."
-import csv, json, os, shutil, signal, subprocess, sys, time
+import contextlib, csv, io, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
+
+from clip475.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--train", "256", "--val", "64", "--set", "epochs=3", "--set", "batch_size=32"]
@@ -16,17 +20,25 @@ def environment(place): return os.environ | {"CLIP475_CACHE": str(place/"cache")
 
 
 def clip475(place, *argv):
+    "The command in a process of its own, as a person starts it."
     return subprocess.run([sys.executable, "-m", "clip475", *map(str, argv)], cwd=place, env=environment(place), capture_output=True, text=True)
 
 
-def ok(place, *argv):
-    done = clip475(place, *argv, "--json")
+def here(place, *argv):
+    "The command in this process, which need not import everything again."
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(place), patch.dict(os.environ, environment(place)), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = main([str(a) for a in argv])
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def ok(place, *argv, how=here):
+    done = how(place, *argv, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
-def first(place): return ok(place, "demo", *SMALL, "--run", "first")
+def first(place): return ok(place, "demo", *SMALL, "--run", "first", how=clip475)
 
 
 def test_demo_leaves_a_whole_run(place, first):
@@ -46,7 +58,7 @@ def test_it_learned_something(place, first):
 
 
 def test_the_same_seed_gives_the_same_numbers(place, first):
-    second = ok(place, "train", *SMALL, "--run", "second")
+    second = ok(place, "train", *SMALL, "--run", "second", how=clip475)
     assert {k: second[k] for k in ("i2t", "t2i")} == {k: first[k] for k in ("i2t", "t2i")}
     assert (place/"first"/"model.safetensors").read_bytes() == (place/"second"/"model.safetensors").read_bytes()
 
@@ -59,7 +71,7 @@ def test_a_killed_run_resumes_to_the_same_bits(place, first):
     finally: process.send_signal(signal.SIGKILL)
     process.wait()
     assert (place/"killed"/"checkpoint"/"last.pt").exists()
-    resumed = ok(place, "train", "--resume", "--run", "killed")
+    resumed = ok(place, "train", "--resume", "--run", "killed", how=clip475)
     assert resumed["i2t"] == first["i2t"] and resumed["t2i"] == first["t2i"]
     assert (place/"killed"/"model.safetensors").read_bytes() == (place/"first"/"model.safetensors").read_bytes()
 
@@ -91,7 +103,7 @@ def test_prepare_names_its_folders_and_leaves_the_images_alone(place, first):
 
 def refused(place, *argv):
     before = {p for p in place.rglob("*") if "cache" not in p.parts}
-    done = clip475(place, *argv)
+    done = here(place, *argv)
     assert done.returncode == 2 and done.stdout == "", (done.stdout, done.stderr)
     sentences = [line for line in done.stderr.splitlines() if line.startswith("clip475: ")]
     assert len(sentences) == 1 and "Traceback" not in done.stderr, done.stderr
@@ -161,5 +173,5 @@ def test_a_model_of_another_config_or_a_cut_file_is_refused(place, first):
 
 def test_help_reads_well(place):
     done = clip475(place, "--help")
-    assert done.returncode == 0 and all(verb in done.stdout for verb in ("demo", "prepare", "train", "eval", "search", "params", "examples"))
+    assert done.returncode == 0 and done.stderr == "" and all(verb in done.stdout for verb in ("demo", "prepare", "train", "eval", "search", "params", "examples"))
     assert max(map(len, done.stdout.splitlines())) <= 100
