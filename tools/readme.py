@@ -1,6 +1,6 @@
 """README.md, written from nbs/index.ipynb:  python tools/readme.py
 
-Lines that begin with `#|` and cells under `#| hide` are for nbdev and left out, and so is the install cell for Colab.
+Lines that begin with `#|`, the source of cells under `#| echo: false`, and cells under `#| hide` are for nbdev and left out, and so is the install cell for Colab.
 Links that are relative to nbs/ become relative to the repository; figures go to docs/readme/.
 The same notebook always gives the same bytes: tests/test_readme.py compares them.
 """
@@ -12,6 +12,7 @@ from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = "docs/readme"
+HIDDEN = "# hidden"     # stands for the source of a cell that shows its output only
 
 
 def shown(cell):
@@ -20,6 +21,7 @@ def shown(cell):
         flags = [line.removeprefix("#|").strip() for line in cell.source.splitlines() if line.startswith("#|")]
         if "hide" in flags or "google.colab" in cell.source: return None
         cell.source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|")).strip()
+        if "echo: false" in flags: cell.source = HIDDEN
         cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
     return cell if cell.source.strip() else None
 
@@ -40,8 +42,10 @@ def render(notebook=ROOT/"nbs"/"index.ipynb"):
     nb.cells = [c for c in map(shown, nb.cells) if c is not None]
     for cell in nb.cells:
         if cell.cell_type == "markdown": cell.source = relink(cell.source, notebook.parent)
+    nb.metadata["language_info"] = {"name": "python"}
     text, resources = MarkdownExporter().from_notebook_node(nb, resources={"output_files_dir": FIGURES, "unique_key": "figure"})
     text = re.sub(r"<style scoped>.*?</style>\n?", "", text, flags=re.DOTALL)
+    text = text.replace(f"```python\n{HIDDEN}\n```\n", "")
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
     note = "<!-- Written from nbs/index.ipynb by `make readme`: edit the notebook. -->\n"
