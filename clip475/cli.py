@@ -44,7 +44,7 @@ def _run_option(parser, help): parser.add_argument("--run", metavar="DIR", help=
 # %% ../nbs/15_cli.ipynb #449a73a1
 _NEW, _LAST = "the run folder (default: a new dated folder under runs/)", "the run folder (default: the newest one under runs/)"
 _EXAMPLES = """examples:
-  clip475 demo                              three minutes from nothing to a model that searches
+  clip475 demo                              two minutes from nothing to a model that searches
   clip475 train --set epochs=10 --run runs/long
   clip475 train --resume --run runs/long    go on where it stopped
   clip475 search "a red boat"               in the newest run
@@ -59,7 +59,7 @@ def _verbs(commands):
         parser.add_argument("--json", action="store_true", help="print one JSON object")
         parser.set_defaults(function=function)
     new_run, last_run = (lambda p: _run_option(p, _NEW)), (lambda p: _run_option(p, _LAST))
-    verb("demo", "draw scenes, train, evaluate, search and report", _demo, _config_options, new_run)
+    verb("demo", "prepare, train, evaluate, search and report", _demo, _config_options, new_run)
     verb("prepare", "draw or read the data and fill the caches", _prepare, _config_options)
     verb("train", "train, evaluate and report", _train, _config_options, new_run, lambda p: p.add_argument("--resume", action="store_true", help="go on with the run in --run (default: the newest)"))
     verb("eval", "evaluate a finished run again", _eval, last_run)
@@ -185,7 +185,7 @@ def main(argv=None):
         result, text = args.function(args)
     except LabError as e: return _complain(e)
     except OSError as e: return _complain(_quietly_broken(e))
-    except KeyboardInterrupt: return _complain("stopped; finished epochs are kept, go on with: clip475 train --resume --run DIR", 130)
+    except KeyboardInterrupt: return _complain("stopped; a training run keeps its finished epochs, go on with: clip475 train --resume --run DIR", 130)
     print(json.dumps(result, indent=2, ensure_ascii=False) if args.json else text)
     return 0
 

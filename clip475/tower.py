@@ -50,7 +50,7 @@ def towers_step(model, optimizer, pixels, tokens, config):
     "One step of both towers on B pairs; returns the loss. Gradients are clipped at norm 1: both ends of the comparison move."
     dtype = autocast_dtype(config, torch.device("cpu"))
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        images, texts = model.encode_image(normalize(pixels)), model.encode_text(**tokens)
+        images, texts = model.encode_image(normalize(pixels, config.image_mean, config.image_std)), model.encode_text(**tokens)
     loss = info_nce(images, texts, model.logit_scale)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()

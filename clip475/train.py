@@ -122,8 +122,8 @@ def _steps_per_epoch(n, config): return len(batches(torch.arange(n), config.batc
 
 def _stop_if_diverged(loss, state, step, learning_rate):
     if math.isfinite(loss): return
-    raise LabError(f"the loss is {loss} at step {step} (learning rate {learning_rate:.2g}, 1/τ {state.model.logit_scale.exp().item():.3g}); "
-                   f"go on from the last checkpoint with a lower learning_rate, or with precision fp32")
+    raise LabError(f"the loss is {loss} by step {step} (learning rate {learning_rate:.2g}, 1/τ {state.model.logit_scale.exp().item():.3g}); "
+                   f"start a new run with a lower learning_rate, or with precision fp32")
 
 def train_epoch(state, train, config, progress=True):
     "One pass over the training images, in the order and with the captions of this epoch. Returns its row of metrics."
