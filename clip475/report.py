@@ -23,7 +23,7 @@ from .model import load_model, parameter_table
 from .retrieval import evaluate_retrieval, retrieval_table, search
 from .scenes import load_truth, oracle_recall
 from .text import encode_texts, known_token_share, load_tokenizer, weights_fingerprint
-from .train import autocast_dtype, embed_images, fit, prepare_data
+from .train import autocast_dtype, check_run_folder, embed_images, fit, prepare_data
 from .viz import plot_curves, plot_gallery, plot_grouped_bars, plot_similarity, save_figure, show_images
 
 # %% ../nbs/14_report.ipynb #75be8bd6
@@ -140,6 +140,7 @@ def hardware(config):
 def run_lab(config, run, resume=False, progress=True):
     "Prepare, train, evaluate and report into the folder `run`; returns the results that results.json holds."
     start = perf_counter()
+    check_run_folder(run, resume)     # before any work
     train, val = prepare_data(config, progress)
     state = fit(config, train, val, run, resume, recall_columns, progress)
     return _finish(state.model, config, run, train, val, start)

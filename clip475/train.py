@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PreparedSplit', 'data_root', 'prepare_data', 'learning_rate_at', 'autocast_dtype', 'reuse_freed_memory', 'TrainState',
            'start_training', 'train_step', 'train_epoch', 'embed_images', 'validation_loss', 'save_checkpoint',
-           'load_checkpoint', 'validate', 'epoch_line', 'fit']
+           'load_checkpoint', 'validate', 'epoch_line', 'check_run_folder', 'fit']
 
 # %% ../nbs/09_train.ipynb #494ac38e
 import ctypes, math, pickle, sys
@@ -209,12 +209,17 @@ def epoch_line(row, epochs):
     return f"epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.3f}, on unseen images {row['val_loss']:.3f}{recall} ({row['images_per_second']:.0f} images/s)"
 
 # %% ../nbs/09_train.ipynb #c7217ba1
+def check_run_folder(run, resume=False):
+    "Raise `LabError` if a new run would write over another."
+    if not resume and (Path(run)/"metrics.csv").exists(): raise LabError(f"{run}: this folder holds a run already; choose another with --run, or go on with --resume")
+
+# %% ../nbs/09_train.ipynb #e22b7386
 def fit(config, train, val, run, resume=False, measure=None, progress=True):
     """Train the model of `config` on `train`, validate on `val` after each epoch, and keep all in the folder `run`.
 
     `resume=True` goes on after the last finished epoch, and ends with the same bits as a run that never stopped.
     Returns the final `TrainState`; its `metrics` are the rows of metrics.csv."""
-    if not resume and (Path(run)/"metrics.csv").exists(): raise LabError(f"{run}: this folder holds a run already; choose another with --run, or go on with --resume")
+    check_run_folder(run, resume)
     reuse_freed_memory()
     batches(torch.arange(len(train)), config.batch_size)      # too few images? say so before any work
     state = load_checkpoint(config, run) if resume else start_training(config)
