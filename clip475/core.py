@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'PRESETS', 'LabError', 'fails_with', 'one_of', 'read_json', 'atomic_path', 'write_text',
-           'write_json', 'Rule', 'said', 'Settings', 'Readable', 'LabConfig', 'fingerprint', 'cache_dir',
-           'new_run_folder', 'seed_everything', 'pick_device', 'check_torch']
+           'write_json', 'save_tensors', 'Rule', 'said', 'Settings', 'Readable', 'LabConfig', 'fingerprint',
+           'cache_dir', 'new_run_folder', 'seed_everything', 'pick_device', 'autocast_dtype', 'check_torch']
 
 # %% ../nbs/00_core.ipynb #a5a71e45
 import dataclasses, hashlib, html, json, math, os, random, shutil, sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -45,6 +45,10 @@ def read_json(path):
     raise LabError(f"{path}: this is not JSON ({problem}); correct the file or fetch it again")
 
 # %% ../nbs/00_core.ipynb #5e9f3616
+def _to_the_disk(file):
+    "Wait until the disk has `file`: a rename must not overtake what it renames when the power fails."
+    with open(file, "rb+") as f: os.fsync(f.fileno())
+
 @contextmanager
 def atomic_path(path):
     """Give a temporary neighbour of `path` to write to, and move it into place only when all went well.
@@ -55,6 +59,7 @@ def atomic_path(path):
     part = path.with_name(f".part-{os.getpid()}-{os.urandom(3).hex()}-{path.name}")
     try:
         yield part
+        if part.is_file(): _to_the_disk(part)
         os.replace(part, path)
     finally: shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
@@ -67,6 +72,12 @@ def write_json(path, value):
     "Write `value` to `path` as JSON that a person can read, whole or not at all."
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
+def save_tensors(path, tensors, metadata=None):
+    "Write named tensors to `path` as safetensors, whole or not at all. `metadata`: a dict of texts."
+    from safetensors.torch import save
+    content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
+    with atomic_path(path) as part: part.write_bytes(content)     # safetensors' own save_file makes it private to its owner
+
 # %% ../nbs/00_core.ipynb #6ce36cc7
 class Rule(NamedTuple):
     "What a field takes: in words, and as a test of a value."
@@ -76,7 +87,9 @@ class Rule(NamedTuple):
 # %% ../nbs/00_core.ipynb #57b19fe2
 def _real(v): return type(v) in (int, float) and math.isfinite(v)
 
-def _whole(least): return Rule(f"a whole number of at least {least}", lambda v: type(v) is int and v >= least)
+def _whole(least, most=2**63 - 1): return Rule(f"a whole number of at least {least}", lambda v: type(v) is int and least <= v <= most)
+
+def _flag(): return Rule("true or false", lambda v: type(v) is bool)
 
 def _above_zero(): return Rule("a number above 0", lambda v: _real(v) and v > 0)
 
@@ -86,6 +99,10 @@ def _number(low, high=math.inf):
 
 # %% ../nbs/00_core.ipynb #f0cdddae
 def _text(): return Rule("a text", lambda v: isinstance(v, (str, os.PathLike)) and str(v).strip() != "")
+
+def _joined(nothing, *known):
+    words = f"“{nothing}”, or any of {', '.join(known)} joined by +"
+    return Rule(words, lambda v: isinstance(v, str) and (v == nothing or set(v.split("+")) <= set(known)))
 
 def _choice(*known): return Rule(f"one of: {', '.join(known)}", lambda v: v in known)
 
@@ -175,7 +192,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 @dataclass(frozen=True)
 class LabConfig(Readable):
     "All choices of one run. `LabConfig.from_preset` starts from a named set, `replace` changes single fields."
-    data: str = said("scenes", _text(), "“scenes”, or a folder in COCO 2014's layout")
+    data: str = said("scenes", _text(), "“scenes”, “coco2014” as `clip475 prepare` fetched it, or a folder of captioned pictures")
     train_images: int|None = said(8000, _or_none(_whole(1)), "images to train on; None: all that are on disk")
     val_images: int|None = said(1000, _or_none(_whole(1)), "images to validate on; None: all that are on disk")
     image_size: int = said(64, _whole(32), "side of the square that the network sees, in pixels")
@@ -197,6 +214,24 @@ class LabConfig(Readable):
     max_logit_scale: float = said(100.0, _number(1), "1/τ is clamped here, as in CLIP")
     precision: str = said("auto", _choice("auto", "fp32", "bf16", "fp16"), "arithmetic of the forward pass")
     seed: int = said(42, _whole(0), "everything random comes from here")
+    # more data
+    test_images: int|None = said(0, _or_none(_whole(0)), "images of a third split, for the final report alone; 0: no third split")
+    on_bad: str = said("fail", _choice("fail", "replace"), "a picture that does not decode: stop, or take the next of the seeded order")
+    augment: str = said("none", _joined("none", "crop", "flip", "jitter"), "“none”, or crop, flip and jitter joined by +; for training only")
+    # more training, each off by default
+    loss: str = said("infonce", _choice("infonce", "multi-positive", "siglip"), "which contrastive loss")
+    label_smoothing: float = said(0.0, _number(0, .999), "share of each target that is spread over the batch")
+    captions_per_image: int = said(1, _whole(1), "captions of each image in a step; more than 1 goes with multi-positive")
+    micro_batch: int|None = said(None, _or_none(_whole(1)), "images in memory at a time (gradient caching); None: the whole batch")
+    backbone_rate: float = said(1.0, _number(0), "the backbone's learning rate as a multiple of learning_rate")
+    layer_decay: float = said(1.0, _number(1e-6, 1), "each block of the backbone learns this much slower than the one above it")
+    clip_grad_norm: float|None = said(None, _or_none(_above_zero()), "largest norm of the gradient in a step; None: as it is")
+    ema_decay: float = said(0.0, _number(0, .999999), "averages weights and buffers over steps; 0: no average")
+    freeze_batchnorm: bool = said(False, _flag(), "BatchNorm keeps the statistics that it began with")
+    sync_batchnorm: bool = said(False, _flag(), "BatchNorm over all processes of a distributed run")
+    compile: bool = said(False, _flag(), "torch.compile the image tower")
+    checkpoint_minutes: float = said(5.0, _above_zero(), "a checkpoint at least this often, and at the end of each epoch")
+    checkpoint_steps: int|None = said(None, _or_none(_whole(1)), "and after every so many steps; None: by the clock alone")
 
 # %% ../nbs/00_core.ipynb #33c39a94
 PRESETS = {
@@ -250,6 +285,20 @@ def pick_device():
     import torch
     if torch.cuda.is_available(): return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+# %% ../nbs/00_core.ipynb #93859f44
+def autocast_dtype(config, device):
+    "The number type of matrix products: bf16 or fp16 where `device` computes it natively, else float32; `config.precision` overrides."
+    import torch
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if config.precision != "auto": return named[config.precision]
+    if device.type == "cuda": return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and _cpu_has_bf16() else torch.float32
+
+def _cpu_has_bf16():
+    import torch
+    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return any(check() for check in checks if check)
 
 # %% ../nbs/00_core.ipynb #b15e18e0
 def check_torch():

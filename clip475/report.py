@@ -17,13 +17,13 @@ import numpy as np, pandas as pd, torch, torchvision, transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .core import LabConfig, LabError, atomic_path, fingerprint, pick_device, read_json, write_json, write_text
+from .core import LabConfig, LabError, atomic_path, autocast_dtype, fingerprint, pick_device, read_json, write_json, write_text
 from .images import load_image
 from .model import load_model, parameter_table
 from .retrieval import evaluate_retrieval, retrieval_table, search
 from .scenes import load_truth, oracle_recall
 from .text import encode_texts, known_token_share, load_tokenizer, weights_fingerprint
-from .train import autocast_dtype, check_run_folder, embed_images, fit, prepare_data
+from .train import check_run_folder, embed_images, fit, prepare_data
 from .viz import plot_curves, plot_gallery, plot_grouped_bars, plot_similarity, save_figure, show_images
 
 # %% ../nbs/14_report.ipynb #75be8bd6

@@ -15,13 +15,12 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from math import comb
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm.auto import tqdm
 
-from .core import LabError, cache_dir, read_json, write_json
+from .core import LabError, atomic_path, cache_dir, read_json, write_json
 
 # %% ../nbs/02_scenes.ipynb #c812d52d
 COLOURS = {"red": (222, 45, 38), "orange": (247, 137, 28), "yellow": (250, 215, 45), "green": (58, 164, 72),
@@ -316,7 +315,7 @@ PLACE_WORDS = {"beach": ("on the beach", "at the beach", "by the sea", "on the s
                "room": ("in a room", "indoors", "inside", "in the living room"), "night": ("at night", "under the moon", "under the stars", "in the dark")}
 RELATION_WORDS = {"left": ("to the left of", "left of", "on the left of"), "right": ("to the right of", "right of", "on the right of"),
                   "above": ("above", "over", "higher than"), "below": ("below", "under", "beneath")}
-CLOTHES = {"man": "in a {} shirt", "woman": "in a {} dress", "child": "in a {} cap"}
+CLOTHES = {"man": "in {} shirt", "woman": "in {} dress", "child": "in {} cap"}
 OPENINGS = ("", "", "", "", "a picture of ", "{there} ", "we see ", "a drawing of ")
 
 # %% ../nbs/02_scenes.ipynb #111fac63
@@ -339,25 +338,29 @@ class Caption:
 # %% ../nbs/02_scenes.ipynb #35b69219
 def _noun(thing, rng, kind): return rng.choice(WORDS[thing.kind]) if kind else GROUP_WORDS[GROUP_OF[thing.kind]]
 
+def _a(words): return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
 def _with_colour(words, thing, rng, kind):
     "'red dogs', but 'a woman in a red dress': people wear their colour."
     if GROUP_OF[thing.kind] != "people": return f"{thing.colour} {words}"
+    colours = [thing.colour]*(1 + kind) + [_a(thing.colour)]*(kind and thing.count == 1)
     wears = ["in {}"] + ["wearing {}"]*kind + [CLOTHES[thing.kind]]*(kind and thing.count == 1)
-    return f"{words} {rng.choice(wears).format(thing.colour)}"
+    wear, colour = rng.choice(list(zip(wears, colours)))
+    return f"{words} {wear.format(colour)}"
 
 def _phrase(thing, rng, colour=True, kind=True):
     "A noun phrase for `thing`, with or without its colour, by its kind or only its group."
     noun = _noun(thing, rng, kind)
     words = noun if thing.count == 1 else PLURALS.get(noun, f"{noun}s")
     if colour: words = _with_colour(words, thing, rng, kind)
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}" if thing.count == 1 else f"{rng.choice(NUMBERS[thing.count])} {words}"
+    return _a(words) if thing.count == 1 else f"{rng.choice(NUMBERS[thing.count])} {words}"
 
 # %% ../nbs/02_scenes.ipynb #422f8dc4
-def _sentence(rng, phrases, counts, relation, place):
+def _sentence(rng, phrases, relation, place):
     "Join phrases, relation and place into one sentence."
     link = rng.choice(RELATION_WORDS[relation]) if relation else rng.choice(("and", "and", "with", "together with"))
     text, where = f" {link} ".join(phrases), rng.choice(PLACE_WORDS[place]) if place else ""
-    opening = rng.choice(OPENINGS).format(there="there is" if counts[0] == 1 else "there are")
+    opening = rng.choice(OPENINGS).format(there="there is" if phrases[0].startswith(("a ", "an ")) else "there are")
     if where and not opening and rng.random() < .25: text = f"{where}, {text}"
     else: text = f"{opening}{text} {where}".strip()
     return text[0].upper() + text[1:] + rng.choice(("", "."))
@@ -368,7 +371,7 @@ def _say(scene, rng, order, colours, kinds, relation, place):
     things = [scene.things[i] for i in order]
     relation = (scene.relation if order[0] == 0 else RELATIONS[scene.relation]) if relation and len(things) == 2 else None
     place = scene.place if place else None
-    text = _sentence(rng, [_phrase(t, rng, c, k) for t, c, k in zip(things, colours, kinds)], [t.count for t in things], relation, place)
+    text = _sentence(rng, [_phrase(t, rng, c, k) for t, c, k in zip(things, colours, kinds)], relation, place)
     mentions = tuple(Mention(GROUP_OF[t.kind], t.kind if k else None, t.colour if c else None, t.count) for t, c, k in zip(things, colours, kinds))
     return Caption(text, mentions, relation, place)
 
@@ -447,7 +450,7 @@ def oracle_recall(scenes, captions, ks=(1, 5, 10)):
 
 # %% ../nbs/02_scenes.ipynb #1d0c3dcb
 VAL_START = 500_000     # index of the first validation scene: the splits never share one
-_VERSION = 1            # raised when the same seed and index would give another picture or caption
+_VERSION = 2            # raised when the same seed and index would give another picture or caption
 
 def _image_entry(name, index, size): return {"id": index + 1, "file_name": f"COCO_{name}2014_{index + 1:012d}.jpg", "width": size, "height": size}
 
@@ -474,16 +477,10 @@ def write_scenes(root, train, val, seed=42, size=64, progress=True):
     root = Path(root)
     if root.exists(): raise LabError(f"{root}: this exists already; choose a new folder for the scenes")
     if max(train, val) > VAL_START: raise LabError(f"train_images and val_images go up to {VAL_START:,} scenes each")
-    with TemporaryDirectory(dir=_made(root.parent), prefix=f".{root.name}.") as part:
-        part = Path(part)/root.name
+    with atomic_path(root) as part:
         _write_split(part, "train", range(train), seed, size, progress)
         _write_split(part, "val", range(VAL_START, VAL_START + val), seed, size, progress)
-        part.rename(root)
     return root
-
-def _made(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 # %% ../nbs/02_scenes.ipynb #aed487a0
 def prepare_scenes(config, progress=True):
@@ -491,7 +488,11 @@ def prepare_scenes(config, progress=True):
     if None in (config.train_images, config.val_images): raise LabError("train_images and val_images: say how many scenes to draw; only a folder has “all that there are”")
     name = f"scenes-v{_VERSION}-{config.train_images}+{config.val_images}-{config.image_size}px-seed{config.seed}"
     root = cache_dir()/name
-    return root if root.exists() else write_scenes(root, config.train_images, config.val_images, config.seed, config.image_size, progress)
+    if not root.exists():
+        try: write_scenes(root, config.train_images, config.val_images, config.seed, config.image_size, progress)
+        except (LabError, OSError):
+            if not root.exists(): raise     # another run that began at the same time has drawn them
+    return root
 
 # %% ../nbs/02_scenes.ipynb #6839c450
 def _as_caption(d): return Caption(d["text"], tuple(Mention(**m) for m in d["mentions"]), d["relation"], d["place"])

@@ -11,18 +11,17 @@ import random
 from pathlib import Path
 
 import numpy as np, torch
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from .core import LabConfig, atomic_path, seed_everything, write_json, write_text
+from .core import LabConfig, autocast_dtype, save_tensors, seed_everything, write_json, write_text
 from .images import normalize
 from .loss import clamp_logit_scale_, info_nce
 from .model import DualEncoder, ImageEncoder, build_backbone, projection_head, trainable_parameters
 from .retrieval import evaluate_retrieval
 from .scenes import caption_scene, draw_scene, make_scene
-from .text import TextEncoder, builtin_text_folder, encode_texts, load_tokenizer, tokenize
-from .train import autocast_dtype, embed_images, learning_rate_at, reuse_freed_memory
+from .text import TextEncoder, clean_text, encode_texts, load_tokenizer, tokenize
+from .train import embed_images, learning_rate_at
 
 # %% ../nbs/16_tower.ipynb #74519f5b
 TOWER_SEED = 1_000_475     # a world of its own: no run of the lab uses this seed unless it is told to
@@ -62,7 +61,6 @@ def towers_step(model, optimizer, pixels, tokens, config):
 # %% ../nbs/16_tower.ipynb #b0aba9c3
 def train_towers(config, steps, progress=True):
     "Train both towers from nothing on `steps` batches of scenes, each scene seen once. Returns the model and the losses."
-    reuse_freed_memory()
     seed_everything(config.seed)
     model, tokenizer, rng, losses = new_towers(config).to(memory_format=torch.channels_last).train(), load_tokenizer("builtin"), random.Random(config.seed), []
     optimizer = torch.optim.AdamW(trainable_parameters(model, config.weight_decay), lr=config.learning_rate, betas=(.9, .98), fused=True)
@@ -77,19 +75,17 @@ def heard_tokens(config, scenes, tokenizer):
     "Which token ids occur in the captions of the first `scenes` scenes: a boolean per id (49,408,)."
     texts = {c.text for i in range(scenes) for c in caption_scene(make_scene(config.seed, i))}
     heard = torch.zeros(len(tokenizer), dtype=torch.bool)
-    heard[torch.tensor(sorted({i for ids in tokenizer([t.lower() for t in texts])["input_ids"] for i in ids}))] = True
+    heard[torch.tensor(sorted({i for ids in tokenizer([clean_text(t) for t in texts])["input_ids"] for i in ids}))] = True
     return heard
 
 @torch.no_grad()
 def save_tower(model, heard, folder):
     "Write the text side into `folder` as `from_pretrained` reads it: config.json and half-precision weights; unheard tokens become zeros."
     tower = model.text_encoder.tower
-    tower.get_input_embeddings().weight[~heard] = 0
-    state = {k: v.detach().half().contiguous() for k, v in tower.state_dict().items()}
+    state = {k: v.detach().half() for k, v in tower.state_dict().items()}     # copies: the model keeps its own
+    state["text_model.embeddings.token_embedding.weight"][~heard] = 0
     write_text(Path(folder)/"config.json", tower.config.to_json_string())
-    with atomic_path(Path(folder)/"model.safetensors") as part:
-        save_file(state, part, {"format": "pt"})
-        part.chmod(0o644)     # safetensors writes for its owner only; a package is for everybody
+    save_tensors(Path(folder)/"model.safetensors", state, {"format": "pt"})
     return Path(folder)
 
 # %% ../nbs/16_tower.ipynb #320ef760

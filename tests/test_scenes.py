@@ -14,7 +14,7 @@ from clip475.scenes import (COLOURS, GROUPS, KINDS, PLACES, RELATIONS, VAL_START
                             draw_scene, load_truth, make_scene, oracle_recall, prepare_scenes, true_of, write_scenes)
 
 # What seed 42 draws and says, on any machine: the digest of facts and captions of scenes 0…99, and of their pixels.
-WORDS = "11377d19eae3e697"
+WORDS = "6945c36a3a5e9b4a"
 TESTED_PILLOW = "13.0.0"     # as in constraints.txt
 PIXELS = "b6f27f1037d11078"
 
