@@ -124,3 +124,10 @@ def test_scenes_are_drawn_once_and_an_interrupted_drawing_leaves_nothing(tmp_pat
 
 def test_all_scenes_there_are_is_no_number():
     with pytest.raises(LabError, match="how many scenes"): prepare_scenes(LabConfig.from_preset("tiny", train_images=None))
+
+
+def test_the_grammar_of_articles_and_numbers():
+    import re
+    texts = [c.text.lower() for i in range(3000) for c in caption_scene(make_scene(42, i))]
+    assert not [t for t in texts if re.search(r"\b(a [aeiou]|an [^aeiou]|there are an? |there is (two|three))", t)]
+    assert any("an orange" in t for t in texts) and any("there is a group of three" in t for t in texts)
