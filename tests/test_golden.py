@@ -499,7 +499,7 @@ def test_a_save_that_fails_leaves_the_old_model(tmp_path, monkeypatch):
     model = build_model(TINY)
     save_model(model, TINY, tmp_path)
     before = (tmp_path/"model.safetensors").read_bytes()
-    def full_disk(tensors, path, meta): Path(path).write_bytes(b"half"); raise OSError("disk full")
-    monkeypatch.setattr("clip475.model.save_file", full_disk)
+    def full_disk(self, content): self.open("wb").write(content[:9]); raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError): save_model(model, TINY, tmp_path)
     assert (tmp_path/"model.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 2
