@@ -234,4 +234,4 @@ def style_parameter_table(table):
     "The table for a notebook: frozen and trainable rows told apart by colour, word and circle."
     marks = {"frozen": "○ frozen", "trainable": "● trainable", "partly frozen": "◐ partly frozen"}
     styled = table.style.hide(axis="index").set_uuid("parameters").apply(_row_style, axis=1)
-    return styled.format({"parameters": "{:,}", "trainable": "{:,}", "status": lambda s: marks.get(s, s)})
+    return styled.format({c: "{:,}" for c in table.select_dtypes("number")} | {"status": lambda s: marks.get(s, s)})
