@@ -477,7 +477,7 @@ def test_a_spoiled_cache_is_packed_anew(tmp_path, harm):
 
 def test_an_interrupted_packing_leaves_nothing(tmp_path, monkeypatch):
     split = load_split(write_folder(tmp_path/"coco", coco_data(range(1, 30))), "val")
-    def interrupt(path):
+    def interrupt(path, least=None):
         if path == split.image_paths[20]: raise KeyboardInterrupt
         return Image.new("RGB", (4, 4))
     monkeypatch.setattr("clip475.images.load_image", interrupt)

@@ -7,7 +7,7 @@ import pytest
 
 from clip475.coco import caption_file, describe_split, load_split, load_splits, make_split, read_captions
 from clip475.core import LabConfig, LabError
-from clip475.images import load_image, pack_images, resize_square
+from clip475.images import load_image, pack_images, read_square, resize_square
 
 COCO = Path(__file__).parents[1].parent/"shared"/"data"/"coco2014"
 pytestmark = pytest.mark.skipif(not COCO.is_dir(), reason="no COCO 2014 beside the repository")
@@ -48,7 +48,9 @@ def test_every_picture_decodes_and_packs(name, tmp_path):
     split = load_split(COCO, name)
     packed = pack_images(split, 64, tmp_path, progress=False)
     assert packed.shape == (len(split), 64, 64, 3)
-    for row in range(0, len(split), 59): assert (packed[row] == resize_square(load_image(split.image_paths[row]), 64)).all()
+    for row in range(0, len(split), 59):
+        assert (packed[row] == read_square(split.image_paths[row], 64)).all()
+        assert np.abs(packed[row] - resize_square(load_image(split.image_paths[row]), 64).astype(int)).mean() < 6  # close to the whole decode
     flat = packed.reshape(len(split), -1)
     assert (flat.std(axis=1) > 1).all()  # no picture has become one colour
     assert len(np.unique(flat, axis=0)) == len(split)
