@@ -10,13 +10,7 @@ from clip475.core import LabError
 from clip475.loss import clamp_logit_scale_, info_nce, similarity_logits
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Small tensors gain nothing from threads, and lose much on a busy machine."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def unit(*shape, seed=0, dtype=torch.float32):

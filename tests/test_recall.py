@@ -19,13 +19,7 @@ from clip475.retrieval import chance_recall, cosine_blocks, evaluate_retrieval, 
 COCO_LIKE = torch.arange(30).repeat_interleave(5 + torch.arange(30) % 3)  # (180,) 5, 6 or 7 captions an image
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Small matrices gain nothing from threads, and lose much on a busy machine."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def noisy(noise=.8, dim=16, owner=COCO_LIKE, seed=0):
