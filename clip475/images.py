@@ -172,6 +172,12 @@ class _Unfinished:
 
     def _start(self): return self.file.stat().st_size - self.n*self.row_bytes
 
+    def append(self):
+        "The journal, to be gone on with on a new line: its last one may be torn."
+        journal = open(self.journal, "a", encoding="utf-8")
+        journal.write("\n")
+        return journal
+
     def read(self, f, row):
         f.seek(self._start() + row*self.row_bytes)
         return f.read(self.row_bytes)
@@ -182,20 +188,19 @@ class _Unfinished:
 
 # %% ../nbs/04_images.ipynb #7985b837
 def _finished_rows(unfinished):
-    "key → row of all that an unfinished array holds for certain."
+    "key → row of all that an unfinished array holds for certain; a torn line counts for nothing."
     rows = {}
     try:
-        made, *lines, _ = unfinished.journal.read_text(encoding="utf-8").split("\n")  # what follows the last line end may be torn
+        made, *lines = unfinished.journal.read_text(encoding="utf-8").split("\n")
         if made != unfinished.made: return {}
         with open(unfinished.file, "rb") as f:
-            for line in lines:
-                row, key, check = line.split()
-                if zlib.crc32(unfinished.read(f, int(row))) == int(check): rows[key] = int(row)
+            for row, key, check in (line.split() for line in lines if line.count(" ") == 2):
+                if str(zlib.crc32(unfinished.read(f, int(row)))) == check: rows[key] = int(row)
     except (OSError, ValueError): pass
     return rows
 
 # %% ../nbs/04_images.ipynb #f6b2ae2b
-def _key(path, stamp): return fingerprint([str(path.absolute()), *stamp[1:]])
+def _key(id, path, stamp): return fingerprint([id, str(path.absolute()), *stamp[1:]])
 
 def _count(file): return int(np.lib.format.open_memmap(file, mode="r").shape[0])
 
@@ -211,7 +216,7 @@ def _take_over(own, done, keys, old):
     "Copy the rows that `old` holds and `own` lacks; returns their number."
     have = _finished_rows(old)
     rows = [(row, have[key]) for row, key in enumerate(keys) if key in have and key not in done]
-    with open(own.file, "r+b") as to, open(old.file, "rb") as source, open(own.journal, "a", encoding="utf-8") as journal:
+    with open(own.file, "r+b") as to, open(old.file, "rb") as source, own.append() as journal:
         for row, there in rows: _record(own, to, journal, row, keys[row], old.read(source, there))
     done |= {keys[row]: row for row, _ in rows}
 
@@ -229,7 +234,7 @@ def _square_or_why(path, size):
 def _decode_rows(own, split, keys, todo, bar, chunk=64):
     "Decode the rows `todo` into `own`; returns (image_id, path, reason) of those that cannot be."
     bad = []
-    with ThreadPoolExecutor(_cores()) as pool, open(own.file, "r+b") as f, open(own.journal, "a", encoding="utf-8") as journal:
+    with ThreadPoolExecutor(_cores()) as pool, open(own.file, "r+b") as f, own.append() as journal:
         for i in range(0, len(todo), chunk):
             rows = todo[i:i + chunk]
             for row, got in zip(rows, pool.map(lambda row: _square_or_why(split.image_paths[row], own.size), rows)):
@@ -262,20 +267,20 @@ def _alone(folder, progress):
     finally: lock.release()
 
 # %% ../nbs/04_images.ipynb #4cb0628a
-def _finish(own, file, manifest, leftovers):
+def _finish(own, file, manifest, prefix):
     "Move the array into place once the disk has all of it, its manifest first; then nothing is left of the work."
     with open(own.file, "rb+") as f: os.fsync(f.fileno())
     write_json(file.with_suffix(".json"), manifest)
     os.replace(own.file, file)
-    own.journal.unlink()
-    for old in leftovers: _forget(old)
+    stale = [*own.file.parent.glob(f"{prefix}*"), *file.parent.glob(f".part-*-{prefix}*")]  # of stopped runs: nobody else is packing now
+    for old in stale: old.unlink(missing_ok=True)
 
 def _forget(old):
     old.journal.unlink(missing_ok=True)
     old.file.unlink(missing_ok=True)
 
 def _pack(split, manifest, stamps, file, unfinished, progress, rebuild):
-    keys, prefix = [_key(path, stamp) for path, stamp in zip(split.image_paths, stamps)], f"{split.name}-{manifest['size']}px-"
+    keys, prefix = [_key(*known) for known in zip(split.image_ids.tolist(), split.image_paths, stamps)], f"{split.name}-{manifest['size']}px-"
     own = _Unfinished(unfinished/file.name, len(split), manifest["size"])
     leftovers = _leftovers(own, prefix)
     if rebuild: [_forget(old) for old in (own, *leftovers)]
@@ -287,7 +292,7 @@ def _pack(split, manifest, stamps, file, unfinished, progress, rebuild):
     todo = [row for row, key in enumerate(keys) if key not in done]
     with tqdm(total=len(split), initial=len(split) - len(todo), desc=f"pack {split.name}", unit="image", disable=not progress) as bar: bad = _decode_rows(own, split, keys, todo, bar)
     if bad: raise BadImages(split, bad)
-    _finish(own, file, manifest, leftovers)
+    _finish(own, file, manifest, prefix)
 
 # %% ../nbs/04_images.ipynb #a77dcec5
 def _check_folder(folder, paths):
@@ -417,10 +422,10 @@ def packed_size(config, train):
     "The side in pixels to pack at: `config.image_size`, and 15/14 of it for training with crops."
     return config.image_size*15//14 if train and "crop" in _kinds(config.augment) else config.image_size
 
-def augmentation_grid(pixels, kinds=("crop", "flip", "jitter", "crop+flip+jitter"), size=None, count=6, seed=0):
+def augmentation_grid(pixels, kinds=("crop", "flip", "jitter", "crop+flip+jitter"), size=None, count=5, seed=0):
     "A figure: the picture `pixels` (H, W, 3) uint8 as it is, and `count` times changed by each of `kinds`, a row each."
     from clip475.viz import show_images
     one = torch.as_tensor(np.array(pixels))
     rows = [augment(one.expand(count, *one.shape), k, (size or len(one)) if "crop" in _kinds(k) else len(one), torch.Generator().manual_seed(seed)) for k in kinds]
     shown = [picture for row in rows for picture in (one, *row)]
-    return show_images(shown, [title for k in kinds for title in ("as it is", k, *[""]*(count - 1))], ncols=count + 1, size=1.2)
+    return show_images(shown, [title for k in kinds for title in ("as it is", k.replace("+", " + "), *[""]*(count - 1))], ncols=count + 1, size=1)
