@@ -13,10 +13,10 @@ from pathlib import Path
 from threading import Event
 from tqdm.auto import tqdm
 from .coco import listed_split, read_captions
-from .core import LabError, atomic_path, read_json, write_json
+from .core import LabError, atomic_path, write_json
 from .fetch import Patience, TryAgain, Unavailable, fetch_pictures, is_whole, open_pool, open_rest, pieces, persistently
 from .layouts import with_karpathy_test
-from .splits import SPLIT_FILE, draw_splits, split_record
+from .splits import SPLIT_FILE, draw_splits, recorded_bad, split_record
 
 # %% ../nbs/03d_download.ipynb #a1a7579f
 def _get_rest(pool, url, part, patience, stop, bar):
@@ -90,13 +90,6 @@ def _captions(root, source, patience, progress):
         archive.unlink()
     return {name: listed_split(read_captions(folder/file), root, name) for name, file in zip(("train", "val"), CAPTION_FILES)}
 
-def _known_bad(root, config):
-    "What an earlier run with the same seed had to replace: {split: [(id, file, reason)]}."
-    record = read_json(root/SPLIT_FILE) if (root/SPLIT_FILE).is_file() else {}
-    bad = {}
-    for b in record.get("bad", []) if record.get("seed") == config.seed else []: bad.setdefault(b["split"], []).append((b["id"], b["file"], b["reason"]))
-    return bad
-
 # %% ../nbs/03d_download.ipynb #111a7a58
 def _lacking(splits, source):
     "{path: url} of the pictures that are not on disk yet, or not whole."
@@ -123,7 +116,7 @@ def prepare_coco2014(root, config, progress=True, source=COCO2014, patience=Pati
     _sweep(root)
     pools = _captions(root, source, patience, progress)
     if config.test_images != 0: pools = with_karpathy_test(pools, root, config.test_images)
-    bad = _known_bad(root, config)
+    bad = recorded_bad(root, config.seed)
     while True:
         splits = tuple(draw_splits(pools, config, {name: {id for id, *_ in some} for name, some in bad.items()}).values())
         lacking = _lacking(splits, source)

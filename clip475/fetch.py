@@ -132,8 +132,8 @@ def _seconds(retry_after):
 
 def _network_reason(error):
     error = getattr(error, "reason", None) or error
-    if isinstance(error, urllib3.exceptions.TimeoutError): return "the server does not answer in time"
     if isinstance(error, urllib3.exceptions.NewConnectionError): return "no connection to the server"
+    if isinstance(error, urllib3.exceptions.TimeoutError): return "the server does not answer in time"
     return "the connection broke"
 
 # %% ../nbs/03c_fetch.ipynb #0c15d56d
