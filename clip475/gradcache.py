@@ -76,7 +76,7 @@ def _embed_all(encode, chunks, module):
         for chunk in chunks:
             states.append(_random_states())
             embeddings.append(encode(chunk))
-    torch.clear_autocast_cache()    # weights converted without a graph must not serve the second pass
+    torch.clear_autocast_cache()    # PyTorch issue 112583: weights converted without a graph must not serve the second pass
     return embeddings, states
 
 def _chunk_backward(encode, chunk, gradient):
