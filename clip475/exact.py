@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GRID', 'CHUNK', 'as_tensor', 'check_embeddings', 'comparable', 'check_labels', 'unit', 'cosine_blocks', 'Pairing',
-           'unit32', 'pairing', 'pair_scores', 'above_and_close', 'tiles', 'Ahead', 'right_pairs', 'best_right',
-           'first_places', 'first']
+           'unit32', 'pairing', 'pair_scores', 'peaks_of', 'above_and_close', 'tiles', 'Ahead', 'right_pairs',
+           'best_right', 'first_places', 'first']
 
 # %% ../nbs/09e_exact.ipynb #7043981f
 from contextlib import contextmanager
@@ -103,6 +103,10 @@ def _chunked(scores):
     "(n, C, CHUNK): the scores of each row in chunks; the last one is filled with −9, which no cosine is."
     return F.pad(scores, (0, -scores.shape[1] % CHUNK), value=-9.).unflatten(1, (-1, CHUNK)) if scores.shape[1] % CHUNK else scores.unflatten(1, (-1, CHUNK))
 
+def peaks_of(scores):
+    "The highest score of each chunk of each row, `(n, C)`."
+    return _chunked(scores).amax(2)
+
 def _few(chunks, i, j, bar, slack):
     "Above and close, looked at in the chunks (i, j) alone."
     gap = chunks[i, j] - bar[i, None]  # (P, CHUNK)
@@ -118,6 +122,7 @@ def _all(chunks, bar, slack):
     close, k = (gap[i, j] <= slack).nonzero(as_tuple=True)
     return above, i[close], j[close] * CHUNK + k
 
+# %% ../nbs/09e_exact.ipynb #d705a541
 def above_and_close(scores, bar, slack):
     """How many of each row of `scores` (n, m) lie surely above its `bar` (n,), and the places `(i, j)` within `slack` of it."""
     chunks, bar = _chunked(scores), bar.float()
@@ -149,6 +154,7 @@ def tiles(pairs, block=None):
                 cols = slice(left, min(left + wide, m))
                 yield rows, cols, pairs.query32[rows] @ pairs.gallery32[cols].T
 
+# %% ../nbs/09e_exact.ipynb #d6aa12e2
 class Ahead:
     """Counts, tile by tile, the wrong gallery items that score at least a query's bar: `count` (Q,) int64.
 
@@ -206,6 +212,7 @@ def _may_be_first(pairs, rows, peaks, k, step=256):
         found.append((n[:, None].expand_as(items)[near], items[near]))
     return [torch.cat(x) for x in zip(*found)]
 
+# %% ../nbs/09e_exact.ipynb #1af03209
 def _in_order(i, g, scores, late):
     "Sorted by query, then score, then those that are not `late`, then gallery row; and the place of each, from 1."
     order = late.argsort(stable=True)
@@ -224,6 +231,7 @@ def first_places(pairs, rows, peaks, k, late=None):
     i, g, scores, place = [torch.cat(x) for x in zip(*(_in_order(i, g, pair_scores(pairs, rows[i], g), late(rows[i], g).long()) for i, g in parts))]
     return [x[place <= k[i]] for x in (i, g, scores, place)]
 
+# %% ../nbs/09e_exact.ipynb #2e626927
 def _everything(pairs, rows, k, late):
     "Where ties are too many: the first of each query in float64, a slice at a time."
     most, items = int(k.max()), torch.arange(len(pairs.gallery), device=rows.device)
@@ -232,6 +240,7 @@ def _everything(pairs, rows, k, late):
         key = (scores.double() * GRID).long() * 2 - late(rows[i, None].expand_as(scores), items.expand_as(scores)).long()
         yield i.repeat_interleave(min(most, len(items))), key.sort(dim=1, descending=True, stable=True).indices[:, :most].flatten()
 
+# %% ../nbs/09e_exact.ipynb #8e6dec59
 def first(pairs, k, block=None):
     "The `k` best gallery rows of every query, ties by row: `(scores (Q, k) float32, rows (Q, k))`."
     found, strip = [], []
@@ -239,7 +248,7 @@ def first(pairs, k, block=None):
         n = torch.arange(rows.start, rows.stop, device=pairs.query.device)
         return [x.view(len(n), k) for x in first_places(pairs, n, torch.cat(strip, 1), torch.full_like(n, k))[1:3]]
     for rows, cols, scores in tiles(pairs, block):
-        strip.append(_chunked(scores).amax(2))
+        strip.append(peaks_of(scores))
         if cols.stop == len(pairs.gallery): found.append(settle(rows)); strip.clear()
     rows, scores = [torch.cat(x) for x in zip(*found)]
     return scores.float(), rows

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
+from clip475.baselines import caption_means, compare_retrieval, fit_linear_map
 from clip475.core import LabError
-from clip475.retrieval import chance_recall, cosine_blocks, evaluate_retrieval, ranks, recall_at_k, retrieval_table, search
+from clip475.exact import cosine_blocks
+from clip475.retrieval import average_precision, bootstrap_interval, chance_recall, evaluate_retrieval, fold_recall, ranks, recall_at_k, retrieval_table, search
 
 COCO_LIKE = torch.arange(30).repeat_interleave(5 + torch.arange(30) % 3)  # (180,) 5, 6 or 7 captions an image
 
@@ -42,6 +44,13 @@ def judged_rank(query, gallery, right):
     return 1 + sum(score >= best for j, score in enumerate(scores) if j not in right)
 
 
+def judged_precision(query, gallery, right):
+    "AP@R as Musgrave et al. write it, right items last among ties."
+    order = sorted(range(len(gallery)), key=lambda j: (-closeness(query, gallery[j]), j in right))[:len(right)]
+    hits = [j in right for j in order]
+    return sum((Fraction(sum(hits[:i + 1]), i + 1) for i in range(len(hits)) if hits[i]), Fraction(0)) / len(right)
+
+
 def judged_recalls(images, texts, owner, ks):
     i2t = [judged_rank(image, texts, {j for j, o in enumerate(owner) if o == i}) for i, image in enumerate(images)]
     t2i = [judged_rank(text, images, {o}) for text, o in zip(texts, owner)]
@@ -64,8 +73,11 @@ def galleries(draw):
 def test_recall_is_the_definition_on_tied_data(gallery, block):
     images, texts, owner = gallery
     ks = (1, 2, 3, 5, 10, 50)
-    metrics = evaluate_retrieval(torch.tensor(images).float(), torch.tensor(texts).float(), torch.tensor(owner), ks=ks, block=block)
+    metrics = evaluate_retrieval(torch.tensor(images).float(), torch.tensor(texts).float(), torch.tensor(owner), ks=ks, block=block, bootstrap=0)
     assert {way: metrics[way] for way in ("i2t", "t2i")} == judged_recalls(images, texts, owner, ks)
+    precision = [judged_precision(image, texts, {j for j, o in enumerate(owner) if o == i}) for i, image in enumerate(images)]
+    assert metrics["map_at_r"]["i2t"] == pytest.approx(float(sum(precision) / len(images)), abs=1e-12)
+    assert metrics["map_at_r"]["t2i"] == metrics["t2i"]["R@1"]
 
 
 @settings(max_examples=200, deadline=None)
@@ -88,7 +100,7 @@ def test_recall_of_real_numbers(seed, noise, dim):
     places, owners = np.argsort(-scores, axis=1, kind="stable"), owner.numpy()
     first = [int(np.argmax(owners[row] == i)) + 1 for i, row in enumerate(places)]
     back = [int(np.argmax(np.argsort(-scores[:, j], kind="stable") == o)) + 1 for j, o in enumerate(owners)]
-    metrics = evaluate_retrieval(images, texts, owner)
+    metrics = evaluate_retrieval(images, texts, owner, bootstrap=0)
     assert metrics["i2t"] == {f"R@{k}": float(np.mean(np.array(first) <= k)) for k in (1, 5, 10)}
     assert metrics["t2i"] == {f"R@{k}": float(np.mean(np.array(back) <= k)) for k in (1, 5, 10)}
     assert metrics["median_rank"] == {"i2t": np.median(first), "t2i": np.median(back)}
@@ -128,7 +140,8 @@ def test_what_must_not_matter():
     images, texts, owner = noisy()
     expected, order, rows = evaluate_retrieval(images, texts, owner), torch.randperm(len(texts)), torch.randperm(30)
     assert evaluate_retrieval(images, texts[order], owner[order]) == expected
-    assert evaluate_retrieval(images[rows], texts, rows.argsort()[owner]) == expected
+    moved = evaluate_retrieval(images[rows], texts, rows.argsort()[owner])  # the intervals draw other images then
+    assert {**moved, "ci": 0} == {**expected, "ci": 0}
     assert evaluate_retrieval(images * 3, texts / 7, owner) == expected
     assert evaluate_retrieval(images.numpy(), texts.numpy(), owner.numpy()) == expected
     assert evaluate_retrieval(images.clone().requires_grad_(), texts, owner.to(torch.int32)) == expected
@@ -144,6 +157,168 @@ def test_blocks_bound_the_memory_and_change_nothing():
         assert max(s.numel() for s in slices) <= max(block, len(texts)) and sum(map(len, slices)) == 30
         assert evaluate_retrieval(images, texts, owner, block=block) == evaluate_retrieval(images, texts, owner)
         assert search(images, texts, 5, block=block)[1].equal(search(images, texts, 5)[1])
+
+
+# the quick way against the definition
+
+def by_definition(query, gallery, query_labels, gallery_labels):
+    "Ranks and AP@R from the whole float64 matrix on its grid, with a sort."
+    scores = torch.cat([scores for _, scores in cosine_blocks(query, gallery)]).double()
+    right = query_labels[:, None] == gallery_labels
+    rank = 1 + ((scores >= scores.masked_fill(~right, -2).amax(1, keepdim=True)) & ~right).sum(1)
+    hits = right.gather(1, (scores * 2**25 - right.double()).argsort(dim=1, descending=True))
+    at = torch.arange(1, hits.shape[1] + 1)
+    precision = (hits.cumsum(1).double() / at * hits * (at <= right.sum(1, keepdim=True))).sum(1) / right.sum(1)
+    return rank, precision
+
+
+def crowd(kind, queries=150, items=1100, dim=512, seed=0):
+    "Two sets whose scores are far apart, a few steps of 2⁻²⁴ apart, tied in groups, or all the same."
+    generator = torch.Generator().manual_seed(seed)
+    query, gallery = torch.randn(queries, dim, generator=generator), torch.randn(items, dim, generator=generator)
+    if kind == "near": gallery = gallery[:1] + 10 ** -torch.arange(2, 9).repeat_interleave(items // 7 + 1)[:items, None].double() * gallery
+    if kind == "tied": gallery = gallery[torch.arange(items) % 40]
+    if kind == "half tied": gallery[::2] = gallery[0]
+    if kind == "one": query, gallery = query[:1].expand(queries, -1), gallery[:1].expand(items, -1)
+    return query, gallery
+
+
+@pytest.mark.parametrize("block", [None, 2**14, 777])
+@pytest.mark.parametrize("kind", ["random", "near", "tied", "half tied", "one"])
+def test_quick_ranks_are_the_definitions(kind, block):
+    query, gallery = crowd(kind)
+    for many in (1100, 150, 7):  # right items a query: about 1, 7, and 157, where the bars come from blocks
+        query_labels, gallery_labels = torch.arange(150) % min(many, 150), torch.arange(1100) % min(many, 150)
+        rank, precision = by_definition(query, gallery, query_labels, gallery_labels)
+        assert ranks(query, gallery, query_labels, gallery_labels, block).equal(rank)
+        torch.testing.assert_close(average_precision(query, gallery, query_labels, gallery_labels, block), precision, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["random", "near", "tied", "half tied", "one"])
+def test_quick_search_is_the_definitions(kind):
+    query, gallery = crowd(kind)
+    everything = torch.cat([scores for _, scores in cosine_blocks(query, gallery)]).sort(dim=1, descending=True, stable=True)
+    for k, block in ((1, None), (10, 2**14), (33, 999), (1100, None)):
+        scores, rows = search(query, gallery, k, block)
+        assert rows.equal(everything.indices[:, :k]) and scores.equal(everything.values[:, :k])
+
+
+def test_both_directions_count_the_same_matrix():
+    for noise in (.5, 3., 100.):
+        images, texts, owner = noisy(noise, dim=128, owner=torch.arange(333).repeat_interleave(5 + torch.arange(333) % 3))
+        rows = torch.arange(333)
+        metrics = evaluate_retrieval(images, texts, owner, bootstrap=0)
+        i2t, precision = by_definition(images, texts, rows, owner)
+        t2i, _ = by_definition(texts, images, owner, rows)
+        assert metrics["i2t"] == {f"R@{k}": recall_at_k(i2t, k) for k in (1, 5, 10)} and metrics["t2i"] == {f"R@{k}": recall_at_k(t2i, k) for k in (1, 5, 10)}
+        assert metrics["map_at_r"]["i2t"] == pytest.approx(precision.mean().item(), abs=1e-12)
+
+
+def test_quick_arithmetic_ignores_reduced_precision():
+    "A user's bfloat16 settings would break the bound on the error; they are put aside, and put back."
+    images, texts, owner = noisy(3., dim=256)
+    expected = evaluate_retrieval(images, texts, owner)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16): assert evaluate_retrieval(images, texts, owner) == expected
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally: torch.set_float32_matmul_precision("highest")
+
+
+# two more judges
+
+def settled(images, texts, owner):
+    "Scores as whole numbers, ties settled against the model beforehand: (N, M) float32, no right item equal to a wrong one."
+    scores = torch.cat([scores for _, scores in cosine_blocks(images, texts)]).double() * 2**25 - (torch.arange(len(images))[:, None] == owner).double()
+    return scores.unique(return_inverse=True)[1].float()
+
+
+def judged_sets():
+    yield noisy(4., dim=64, owner=torch.arange(20).repeat_interleave(5 + torch.arange(20) % 3))
+    images, texts, owner = noisy(.5, dim=3, seed=2)
+    yield (2 * images).round(), (2 * texts).round(), owner  # heavily tied
+
+
+def test_torchmetrics_agrees():
+    functional = pytest.importorskip("torchmetrics.functional.retrieval")
+    for images, texts, owner in judged_sets():
+        scores, right = settled(images, texts, owner), torch.arange(len(images))[:, None] == owner
+        metrics = evaluate_retrieval(images, texts, owner, bootstrap=0)
+        for way, s, r in (("i2t", scores, right), ("t2i", scores.T, right.T)):
+            for k in (1, 10): assert metrics[way][f"R@{k}"] == sum(functional.retrieval_hit_rate(a, b, top_k=k).item() for a, b in zip(s, r)) / len(s)
+            # its average precision is over the hits among the first R, ours over R: the share of hits there is its recall
+            found = [(functional.retrieval_average_precision(a, b, top_k=n) * functional.retrieval_recall(a, b, top_k=n)).item() for a, b in zip(s, r) for n in [int(b.sum())]]
+            assert metrics["map_at_r"][way] == pytest.approx(np.mean(found), abs=1e-6)
+
+
+def test_clip_benchmark_agrees():
+    "On raw scores where none are tied, since its topk settles ties by position, and on tied data once the ties are settled."
+    judge = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval").recall_at_k
+    for images, texts, owner in judged_sets():
+        right, metrics = torch.arange(len(images))[:, None] == owner, evaluate_retrieval(images, texts, owner, bootstrap=0)
+        raw = F.normalize(images.double(), dim=-1) @ F.normalize(texts.double(), dim=-1).T
+        for scores in [settled(images, texts, owner)] + ([raw] if len(raw.unique()) == raw.numel() else []):
+            for way, s, r in (("i2t", scores, right), ("t2i", scores.T, right.T)):
+                for k in (1, 5, 10): assert metrics[way][f"R@{k}"] == (judge(s, r.long(), k) > 0).double().mean().item()
+
+
+# intervals, folds, baselines
+
+def test_interval_is_reproducible_ordered_and_over_images():
+    found, owner = torch.tensor([1] * 30 + [9] * 30), torch.arange(60) // 3
+    interval = bootstrap_interval(found, owner, ks=(1, 10))
+    assert interval == bootstrap_interval(found, owner, ks=(1, 10)) != bootstrap_interval(found, owner, ks=(1, 10), seed=1)
+    assert interval["R@10"] == [1, 1] and interval["R@1"][0] < .5 < interval["R@1"][1]
+    alone = bootstrap_interval(found[::3], owner[::3], ks=(1,))["R@1"]
+    assert interval["R@1"] == alone  # three queries that succeed together are one
+    spread = np.std(np.random.default_rng(0).binomial(20, .5, 10**5) / 20) * 1.96
+    assert (alone[1] - alone[0]) / 2 == pytest.approx(spread, rel=.15)
+    assert bootstrap_interval(found, owner * 1000 + 7, ks=(1, 10)) == interval  # rows need not be dense
+
+
+def test_folds():
+    images, texts, owner = noisy(2., owner=torch.arange(23).repeat_interleave(5 + torch.arange(23) % 3))
+    folds = fold_recall(images, texts, owner, fold=10)
+    parts = [evaluate_retrieval(images[a:a + 10], texts[(owner >= a) & (owner < a + 10)], owner[(owner >= a) & (owner < a + 10)] - a) for a in (0, 10)]
+    assert folds["t2i"]["R@1"] == (parts[0]["t2i"]["R@1"] + parts[1]["t2i"]["R@1"]) / 2 and folds["folds"] == 2 and folds["note"] == "3 images left over"
+    with pytest.raises(LabError, match="takes 1,000 images and here are 23"): fold_recall(images, texts, owner)
+    with pytest.raises(LabError, match="takes 5,000 images"): fold_recall(images, texts, owner, fold="5k")
+    with pytest.raises(LabError, match="at least 1"): fold_recall(images, texts, owner, fold="10k")
+
+
+def test_the_protocols_of_the_literature():
+    images, texts, owner = noisy(1., dim=8, owner=torch.arange(2100).repeat_interleave(2))
+    found = fold_recall(images, texts, owner)
+    assert (found["fold"], found["folds"]) == (1000, 2) and found["note"] == "2 of the 5 folds of the 1k protocol; 100 images left over"
+    assert found["chance"]["t2i"]["R@10"] == .01
+
+
+def test_linear_map_is_ridge_regression():
+    "Against least squares on rows that spell the penalty out."
+    generator = torch.Generator().manual_seed(0)
+    features, targets = torch.randn(40, 6, generator=generator).double() + 3, torch.randn(40, 3, generator=generator).double()
+    found = fit_linear_map(features, targets, l2=.5)
+    x, y = features - features.mean(0), targets - targets.mean(0)
+    penalty = (.5 * (x**2).sum() / 6) ** .5
+    expected = torch.linalg.lstsq(torch.cat([x, penalty * torch.eye(6)]), torch.cat([y, torch.zeros(6, 3)])).solution
+    torch.testing.assert_close(found.weight, expected)
+    torch.testing.assert_close(found(features).norm(dim=1), torch.ones(40))
+    constant = fit_linear_map(torch.ones(5, 2), targets[:5])  # nothing to learn from: the mean target
+    torch.testing.assert_close(constant(torch.ones(1, 2))[0], F.normalize(targets[:5].mean(0), dim=0).float())
+
+
+def test_baselines_stand_in_one_table():
+    images, texts, owner = noisy()
+    torch.testing.assert_close(caption_means(texts, owner, 30)[3], texts[owner == 3].mean(0))
+    metrics = evaluate_retrieval(images, texts, owner)
+    table = compare_retrieval({"a": metrics, "b": metrics})
+    assert list(table.index) == ["chance", "a", "b"] and table.loc["chance", "text→image R@1"] == 3.33 and table.loc["a", "image→text R@1"] == float(f"{100 * metrics['i2t']['R@1']:.3g}")
+    with pytest.raises(LabError, match="same split"): compare_retrieval({"a": metrics, "b": evaluate_retrieval(images[:9], texts[owner < 9], owner[owner < 9])})
+
+
+def test_small_chances_do_not_print_as_zero():
+    metrics = {"i2t": {"R@1": .5}, "t2i": {"R@1": .4}, "images": 40504, "captions": 202654, "chance": {"i2t": {"R@1": 1 / 40504}, "t2i": {"R@1": 1 / 40504}}}
+    for text in (retrieval_table(metrics).to_string(), retrieval_table(metrics).T.to_string(), retrieval_table(metrics).to_html()): assert "0.00247" in text
 
 
 # chance
@@ -178,6 +353,8 @@ def test_table_stands_beside_chance_and_ceiling():
     assert table.loc["text→image", "R@5 %"] == round(100 * metrics["t2i"]["R@5"], 1) == table.loc["text→image", "ceiling@5 %"].round(1)
     assert pd.api.types.is_numeric_dtype(table["chance@10 %"]) and table.loc["image→text", "chance@1 %"] == 3.33
     assert "ceiling@1 %" not in retrieval_table(metrics)
+    assert table.loc["image→text", "95 %@1"] == "–".join(f"{100 * end:.1f}" for end in metrics["ci"]["i2t"]["R@1"]) and table.loc["text→image", "mAP@R %"] == table.loc["text→image", "R@1 %"]
+    assert not any(c.startswith("95") for c in retrieval_table(evaluate_retrieval(*noisy(), bootstrap=0)))
 
 
 # bad input
