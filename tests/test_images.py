@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageFile
 
 import clip475.images as images
+from clip475.augment import _boxes, _crop
 from clip475.coco import CaptionSplit
 from clip475.core import LabConfig, LabError
 from clip475.images import (BadImage, BadImages, augment, augmentation_grid, caption_choice, caption_choices, load_image, normalize, open_packed,
@@ -506,7 +507,7 @@ def test_a_crop_is_the_same_whatever_else_is_asked_for(pixels):
     assert any(flipped) and not all(flipped) and plain.shape[1:] == (32, 32, 3)
 
 def test_crops_are_as_large_and_as_oblong_as_promised():
-    boxes = images._boxes(torch.rand(20_000, 4, generator=generator()))
+    boxes = _boxes(torch.rand(20_000, 4, generator=generator()))
     area, shape = boxes[:, 2]*boxes[:, 3], boxes[:, 2]/boxes[:, 3]
     assert .6 - 1e-5 <= area.min() < .61 and .99 < area.max() <= 1 + 1e-5 and abs(area.mean() - .8) < .01
     assert 3/4 - 1e-4 <= shape.min() < .76 and 1.31 < shape.max() <= 4/3 + 1e-4
@@ -516,7 +517,7 @@ def test_a_crop_shows_what_lies_in_its_box():
     y, x = torch.meshgrid(torch.arange(100.), torch.arange(100.), indexing="ij")
     ramp = torch.stack([x, y, x + y])[None]                                 # (1, 3, 100, 100)
     box = torch.tensor([[.2, -.1, .5, .6]])                                 # columns 35…85, rows 15…75
-    got = images._crop(ramp, box, 50)[0]
+    got = _crop(ramp, box, 50)[0]
     torch.testing.assert_close(got[0, 0], 35 - .5 + (torch.arange(50) + .5), atol=1e-3, rtol=0)
     torch.testing.assert_close(got[1, :, 0], 15 - .5 + 1.2*(torch.arange(50) + .5), atol=1e-3, rtol=0)
 
