@@ -5,25 +5,28 @@
 # %% auto #0
 __all__ = ['recall_columns', 'ceiling_of', 'results_of', 'save_embeddings', 'load_embeddings', 'text_to_image_figure',
            'image_to_text_figure', 'sample_pairs_figure', 'similarity_figure', 'loss_figure', 'recall_curves_figure',
-           'recall_figure', 'hardware', 'run_lab', 'evaluate_run', 'describe_data', 'draw_figures', 'report_text',
-           'search_run']
+           'recall_figure', 'hardware', 'check_config', 'run_lab', 'open_run', 'evaluate_run', 'describe_data',
+           'draw_figures', 'report_text', 'found_in', 'search_run']
 
 # %% ../nbs/14_report.ipynb #7300abae
-import math, os, platform
+import json, math, platform, re
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np, pandas as pd, torch, torchvision, transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from .core import LabConfig, LabError, atomic_path, autocast_dtype, fingerprint, pick_device, read_json, write_json, write_text
+from .core import LabError, autocast_dtype, fingerprint, new_run_folder, pick_device, read_json, save_tensors, write_json, write_text
+from .distributed import first_goes_first, processes, told_by_first
 from .images import load_image
-from .model import load_model, parameter_table
+from .splits import split_record
+from .loss import contrastive_loss
+from .model import build_backbone, load_model, parameter_table
 from .retrieval import evaluate_retrieval, retrieval_table, search
 from .scenes import load_truth, oracle_recall
 from .text import encode_texts, known_token_share, load_tokenizer, weights_fingerprint
-from .train import check_run_folder, embed_images, fit, prepare_data
+from .runs import check_run_folder, fit, run_figure
+from .train import embed_images, prepare_data, steps_per_epoch
 from .viz import plot_curves, plot_gallery, plot_grouped_bars, plot_similarity, save_figure, show_images
 
 # %% ../nbs/14_report.ipynb #75be8bd6
@@ -37,8 +40,9 @@ def ceiling_of(split):
     "The oracle's recall on `split` where its truth was kept (scenes), else None."
     if not (split.root/"annotations"/f"scenes_{split.name}2014.json").is_file(): return None
     truth = load_truth(split.root, split.name)
-    scenes, captions = zip(*[truth[i] for i in split.image_ids.tolist()])
-    return oracle_recall(scenes, captions)
+    known = [truth.get(i) for i in split.image_ids.tolist()]
+    if None in known or [c.text for _, captions in known for c in captions] != list(split.captions): return None     # pictures or captions of somebody else
+    return oracle_recall(*zip(*known))
 
 def results_of(image_embeddings, val):
     "What is reported of a model on `val`: recalls, gallery sizes, chance, median ranks and, on scenes, the ceiling."
@@ -47,21 +51,23 @@ def results_of(image_embeddings, val):
     return found | ({"ceiling": ceiling} if ceiling else {})
 
 # %% ../nbs/14_report.ipynb #6ac96e75
-def _belongs_to(model, val): return {"model": weights_fingerprint(model.image_encoder), "split": val.split.fingerprint}
+def _belongs_to(model, val, config):
+    seen = {name: getattr(config, name) for name in ("image_size", "image_mean", "image_std")}
+    return {"model": weights_fingerprint(model.image_encoder), "split": val.fingerprint, "seen": json.dumps(seen), "precision": str(autocast_dtype(config, model.logit_scale.device))}
 
-def save_embeddings(image_embeddings, model, val, run):
-    "Keep the validation images' embeddings (N, D) in `run/embeddings.safetensors`, with the fingerprints of model and split."
-    with atomic_path(Path(run)/"embeddings.safetensors") as part:
-        save_file({"image_embeddings": image_embeddings.contiguous(), "image_ids": torch.as_tensor(val.split.image_ids)}, part, _belongs_to(model, val))
+def save_embeddings(image_embeddings, model, val, config, run):
+    "Keep the images' embeddings (N, D) in `run/embeddings.safetensors`, with fingerprints of the model and of all that it saw."
+    tensors = {"image_embeddings": image_embeddings, "image_ids": torch.as_tensor(val.split.image_ids)}
+    save_tensors(Path(run)/"embeddings.safetensors", tensors, _belongs_to(model, val, config))
 
 def load_embeddings(model, val, config, run):
     "The validation images' embeddings (N, D) of this model, read from the run folder or, if they do not fit, computed."
     try:
         with safe_open(Path(run)/"embeddings.safetensors", "pt") as f:
-            if (f.metadata() or {}) == _belongs_to(model, val): return f.get_tensor("image_embeddings")
+            if (f.metadata() or {}) == _belongs_to(model, val, config): return f.get_tensor("image_embeddings")
     except (OSError, SafetensorError): pass
     image_embeddings = embed_images(model, val.pixels, config)
-    save_embeddings(image_embeddings, model, val, run)
+    save_embeddings(image_embeddings, model, val, config, run)
     return image_embeddings
 
 # %% ../nbs/14_report.ipynb #82259af1
@@ -129,53 +135,79 @@ def _cpu_name():
     except OSError: return platform.processor() or platform.machine()
     return next((l.split(":", 1)[1].strip() for l in lines if l.startswith("model name")), platform.machine())
 
-def hardware(config):
+def hardware(config, device):
     "The machine, the arithmetic and the library versions of a run, as text by name."
-    device = pick_device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_name()}, {torch.get_num_threads()} threads"
     versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, transformers))
     return {"device": f"{device.type}: {name}", "precision": str(autocast_dtype(config, device)).removeprefix("torch."), "python": platform.python_version(), "versions": versions}
 
 # %% ../nbs/14_report.ipynb #47bcff33
-def run_lab(config, run, resume=False, progress=True):
-    "Prepare, train, evaluate and report into the folder `run`; returns the results that results.json holds."
-    start = perf_counter()
-    check_run_folder(run, resume)     # before any work
-    train, val = prepare_data(config, progress)
-    state = fit(config, train, val, run, resume, recall_columns, progress)
-    return _finish(state.model, config, run, train, val, start)
+def check_config(config):
+    "Raise `LabError` for choices that cannot work together, before any work."
+    with torch.device("meta"): build_backbone(config.backbone)
+    pair = torch.eye(2, config.embedding_dim)
+    contrastive_loss(config, pair, pair.repeat_interleave(config.captions_per_image, 0), torch.zeros(()), torch.arange(2), torch.arange(2).repeat_interleave(config.captions_per_image), torch.zeros(()))
+    if config.train_images is not None and config.train_images < config.batch_size: raise LabError(f"batch_size is {config.batch_size} and train_images {config.train_images}, so no batch is full; make batch_size smaller")
+    if config.val_images == 1: raise LabError("val_images is 1, and one image has no negatives; validate on at least 2")
 
-def evaluate_run(run, progress=True):
-    "Evaluate the finished run in the folder `run` again and rewrite its results, figures and report."
+def run_lab(config, run=None, resume=False, progress=True, query=None, name="run"):
+    """Prepare, train, evaluate and report into the folder `run` (None: a new one, `runs/name-…`); returns the results that results.json holds.
+
+    Started by torchrun, all processes train and the first does the rest; the others return None. `query`: search for it, too."""
     start = perf_counter()
+    check_config(config)
+    with processes() as us:
+        if us.first and run is not None: check_run_folder(run, resume)     # before any work
+        with first_goes_first(us): train, val, *test = prepare_data(config, progress and us.first)
+        steps_per_epoch(len(train), config)                                # too few images? before a folder is made
+        run = told_by_first(str(run or new_run_folder(name=name)) if us.first else None, us)
+        state = fit(config, train, val, run, resume, recall_columns, progress, us)
+        if not us.first: return None
+    trained = {"seconds": round(sum(row["train_seconds"] for row in state.metrics), 1), "processes": us.count, "best_epoch": state.best["epoch"], "hardware": hardware(config, us.device)}
+    write_json(Path(run)/"split.json", split_record([s.split for s in (train, val, *test)], config, {s.split.name: s.bad for s in (train, val, *test)}))
+    return _finish(*open_run(run), run, train, val, test, trained, start, query)
+
+def open_run(run, data=None):
+    "The best model of a finished run, on the best device, and its configuration; `data` names where its data lie now."
     model, config = load_model(run)
-    train, val = prepare_data(config, progress)
-    return _finish(model, config, run, train, val, start)
+    return model.to(pick_device(), memory_format=torch.channels_last), config if data is None else config.replace(data=data)
 
-def _finish(model, config, run, train, val, start):
+def evaluate_run(run, progress=True, data=None):
+    "Evaluate the finished run in the folder `run` again and rewrite its results, figures and report; what is told of its training stays."
+    start = perf_counter()
+    model, config = open_run(run, data)
+    train, val, *test = prepare_data(config, progress)
+    before = read_json(Path(run)/"results.json") if (Path(run)/"results.json").is_file() else {}
+    return _finish(model, config, run, train, val, test, before.get("training"), start)
+
+def _finish(model, config, run, train, val, test, trained, start, query=None):
     image_embeddings = embed_images(model, val.pixels, config)
-    save_embeddings(image_embeddings, model, val, run)
-    results = {"run": str(run)} | results_of(image_embeddings, val) | describe_data(model, config, train, val) | {"hardware": hardware(config)}
+    save_embeddings(image_embeddings, model, val, config, run)
+    results = {"run": str(run)} | results_of(image_embeddings, val) | describe_data(model, config, train, val, test)
+    for held_out in test: results["test"] = results_of(embed_images(model, held_out.pixels, config), held_out)
+    if trained: results["training"] = trained
     draw_figures(image_embeddings, val, config, results, run)
+    results["evaluation"] = {"hardware": hardware(config, model.logit_scale.device)}
     results["seconds"] = round(perf_counter() - start, 1)
     write_json(Path(run)/"results.json", results)
     write_text(Path(run)/"report.md", report_text(model, config, results, run))
+    if query is not None: results["search"] = found_in(query, model, config, val, image_embeddings, min(5, len(val)), run)
     return results
 
 # %% ../nbs/14_report.ipynb #ed39ca93
-def describe_data(model, config, train, val):
+def describe_data(model, config, train, val, test=()):
     "Where the data came from, how much of it, and which share of the captions' tokens the text tower knows."
     share, unknown = known_token_share(val.split.captions, load_tokenizer(config.text_model, config.text_revision), model.text_encoder)
     return {"data": {"folder": val.split.root.name, "train_images": len(train), "train_captions": len(train.split.captions), "listed_but_missing": train.split.missing + val.split.missing,
-                     "known_tokens": round(share, 4), "unknown_words": unknown[:10], "fingerprints": {s.split.name: s.split.fingerprint for s in (train, val)}}}
+                     "known_tokens": round(share, 4), "unknown_words": unknown[:10], "replaced": sum(len(s.bad) for s in (train, val, *test)), "fingerprints": {s.split.name: s.split.fingerprint for s in (train, val, *test)}}}
 
 def draw_figures(image_embeddings, val, config, results, run):
     "Write the figures of a run into `run/figures`."
     figures = {"sample_pairs": sample_pairs_figure(val, config.seed), "recall": recall_figure(results), "text_to_image": text_to_image_figure(image_embeddings, val, config.seed),
                "image_to_text": image_to_text_figure(image_embeddings, val, config.seed), "similarity": similarity_figure(image_embeddings, val, config.seed)}
-    if (Path(run)/"metrics.csv").is_file():
+    if all((Path(run)/name).is_file() for name in ("metrics.csv", "steps.csv")):
         metrics = pd.read_csv(Path(run)/"metrics.csv")
-        figures |= {"loss": loss_figure(metrics, config), "recall_curves": recall_curves_figure(metrics)}
+        figures |= {"loss": loss_figure(metrics, config), "recall_curves": recall_curves_figure(metrics), "curves": run_figure(run)}
     for name, figure in figures.items(): save_figure(figure, Path(run)/"figures"/f"{name}.png")
 
 # %% ../nbs/14_report.ipynb #96668065
@@ -190,6 +222,7 @@ def _data_text(config, results):
     data, source = results["data"], "the built-in scenes" if config.data == "scenes" else f"`{config.data}`"
     lines = [f"{data['train_images']:,} training images with {data['train_captions']:,} captions and {results['images']:,} validation images with {results['captions']:,} captions, from {source}."]
     if data["listed_but_missing"]: lines.append(f"The caption files list {data['listed_but_missing']:,} more images, which are not on disk and were left out.")
+    if data["replaced"]: lines.append(f"{data['replaced']:,} images do not decode; the next of the seeded order stand in for them (split.json lists them).")
     if data["known_tokens"] < 1: lines.append(f"The text tower has learned {data['known_tokens']:.1%} of the tokens in the validation captions; it does not know, for example, {', '.join(data['unknown_words'])}. What it does not know it cannot match.")
     return " ".join(lines)
 
@@ -201,16 +234,28 @@ def _training_text(metrics, config):
             f"The loss ends at {last.train_loss:.3f} on the training and {last.val_loss:.3f} on the validation images; a model that knows nothing has ln {config.batch_size} = {math.log(config.batch_size):.3f}. "
             f"The temperature went from {config.init_temperature} to {last.temperature:.4f}.")
 
-_FIGURES = {"loss": "Loss", "recall_curves": "Recall while training", "sample_pairs": "Random pairs of the validation data", "text_to_image": "From words to pictures: two queries answered rightly and two wrongly, by the order of the seed",
+def _machine(m): return f"{m['device']}, {m['precision']}, Python {m['python']}, {m['versions']}"
+
+def _time_text(results):
+    "Time and hardware: of the training, where it is known, and of this evaluation."
+    trained = results.get("training")
+    lines = [f"**Training:** {trained['seconds']} s in {trained['processes']} process{'es' if trained['processes'] > 1 else ''}; the model is that of epoch {trained['best_epoch']}, the best by recall. **Hardware:** {_machine(trained['hardware'])}."] if trained else []
+    return [*lines, f"**This report:** {results['seconds']} s for the whole command. **Hardware:** {_machine(results['evaluation']['hardware'])}."]
+
+def _test_text(results):
+    "The recall on the third split, where there is one: its images chose nothing."
+    return ["The best epoch was chosen on the images above. On a test split that chose nothing:", _markdown_table(retrieval_table(results["test"]), index=True)] if "test" in results else []
+
+_FIGURES = {"loss": "Loss", "recall_curves": "Recall while training", "curves": "The whole run: loss, recall, learning rate, temperature, gradient norm", "sample_pairs": "Random pairs of the validation data", "text_to_image": "From words to pictures: two queries answered rightly and two wrongly, by the order of the seed",
             "image_to_text": "From pictures to words, chosen in the same way", "similarity": "Similarity of one caption each (rows) of eight images (columns); right pairs are framed"}
 
 def report_text(model, config, results, run):
     "The Markdown of report.md."
-    machine, metrics = results["hardware"], pd.read_csv(Path(run)/"metrics.csv") if (Path(run)/"metrics.csv").is_file() else None
+    metrics = pd.read_csv(Path(run)/"metrics.csv") if (Path(run)/"metrics.csv").is_file() else None
     beside = "beside chance and the ceiling, the recall of an oracle that reads the truth of the scenes" if "ceiling" in results else "beside chance"
     parts = [f"# A run of clip475: {Path(run).name}", _markdown_table(parameter_table(model)),
-             f"**Time:** {results['seconds']} s for everything. **Hardware:** {machine['device']}. **Arithmetic:** {machine['precision']}. Python {machine['python']}, {machine['versions']}.",
-             "## Retrieval", f"Recall on unseen images {beside}; any caption of an image counts, ties count against the model.", _markdown_table(retrieval_table(results), index=True), "![Recall](figures/recall.png)",
+             *_time_text(results),
+             "## Retrieval", f"Recall on unseen images {beside}; any caption of an image counts, ties count against the model.", _markdown_table(retrieval_table(results), index=True), *_test_text(results), "![Recall](figures/recall.png)",
              "## Data", _data_text(config, results), "## Training", _training_text(metrics, config)]
     for name, title in _FIGURES.items():
         if (Path(run)/"figures"/f"{name}.png").is_file(): parts += [f"**{title}**", f"![{title}](figures/{name}.png)"]
@@ -218,14 +263,26 @@ def report_text(model, config, results, run):
     return "\n\n".join([*parts, "## To run it again", f"Preset `{config.preset}`, changed: {changes}.", f"```\nclip475 train --config {run}/config.json\n```"]) + "\n"
 
 # %% ../nbs/14_report.ipynb #d1543845
-def search_run(query, run, k=5, progress=True):
-    "The `k` validation images of a run nearest to the text `query`: a list of dicts (rank, score, image id, file, captions), best first, and the figure."
+def found_in(query, model, config, val, image_embeddings, k, run):
+    "The `k` images nearest to the text `query`, best first: their list, and the figure that was saved in `run`."
     if not query.strip(): raise LabError("the query is empty; say what to look for, as in: clip475 search \"a red boat\"")
-    model, config = load_model(run)
-    _, val = prepare_data(config, progress)
-    image_embeddings = load_embeddings(model, val, config, run)
     text = encode_texts([query], model.text_encoder, load_tokenizer(config.text_model, config.text_revision), config.context_length)
     scores, rows = search(text, image_embeddings, k)
     found = [{"rank": i + 1, "score": round(s, 4), "image_id": int(val.split.image_ids[r]), "file": str(val.split.image_paths[r]), "captions": list(val.split.captions_of(r))}
              for i, (s, r) in enumerate(zip(scores[0].tolist(), rows[0].tolist()))]
-    return found, plot_gallery([(query, [load_image(f["file"]) for f in found], None, [f["score"] for f in found])])
+    shown = found[:20]     # a picture of more would be unreadable
+    figure = plot_gallery([(query, [load_image(f["file"]) for f in shown], None, [f["score"] for f in shown])])
+    save_figure(figure, path := Path(run)/"figures"/_file_name(query))
+    return {"query": query, "run": str(run), "results": found, "figure": str(path)}
+
+def _file_name(query):
+    "A name for the picture of a search: its words, and where they say too little, a fingerprint."
+    words = re.sub(r"[^a-z0-9]+", "-", query.lower()).strip("-")
+    return f"search-{words}.png" if words.replace("-", " ") == query.lower() and len(words) <= 60 else f"search-{words[:40]}-{fingerprint(query)[:6]}.png"
+
+def search_run(query, run, k=5, progress=True, data=None):
+    "Search the validation images of a finished run for the text `query`: a dict with `results` (rank, score, image id, file, captions) and `figure`."
+    if not query.strip(): raise LabError("the query is empty; say what to look for, as in: clip475 search \"a red boat\"")
+    model, config = open_run(run, data)
+    val, = prepare_data(config, progress, names=("val",))
+    return found_in(query, model, config, val, load_embeddings(model, val, config, run), k, run)

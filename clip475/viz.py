@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'HIT', 'MISS', 'QUIET', 'VISION', 'STYLES', 'to_pixels', 'as_seen_with', 'wrap', 'show_images',
-           'plot_curves', 'plot_bars', 'plot_grouped_bars', 'plot_histograms', 'plot_heatmap', 'plot_similarity',
-           'GalleryRow', 'mark', 'plot_gallery', 'save_figure']
+           'plot_curves', 'plot_run', 'plot_bars', 'plot_grouped_bars', 'plot_histograms', 'plot_heatmap',
+           'plot_similarity', 'GalleryRow', 'mark', 'plot_gallery', 'save_figure']
 
 # %% ../nbs/01_viz.ipynb #fd8597ab
 import textwrap
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from .core import LabError, atomic_path
@@ -62,7 +63,9 @@ def wrap(text, width):
 
 # %% ../nbs/01_viz.ipynb #4d051953
 def _done(fig):
-    "The figure, closed, so that a notebook shows it once and memory is freed."
+    "The figure, closed, so that a notebook shows it once and memory is freed; a $ in a caption is a dollar, no formula."
+    for text in fig.findobj(Text):
+        if "$" in text.get_text(): text.set_parse_math(False)
     plt.close(fig)
     return fig
 
@@ -118,6 +121,20 @@ def _mark(ax, name, at):
     else:
         ax.axhline(at, color=QUIET, linestyle=(0, (2, 3)), linewidth=1)
         ax.annotate(name, (1, at), (-2, 2), ("axes fraction", "data"), "offset points", ha="right", fontsize=8, color=QUIET)
+
+# %% ../nbs/01_viz.ipynb #0b657ab1
+def plot_run(steps, metrics):
+    "Loss, recall, learning rate, temperature and gradient norm of a run, from its tables of steps and of epochs (DataFrames)."
+    fig, axes = plt.subplots(2, 3, figsize=(10, 5), layout="constrained")
+    panels = axes.flatten()
+    plot_curves({"each step": (steps.step, steps.loss), "unseen images": (metrics.step, metrics.val_loss)}, "step", "loss", ax=panels[0])
+    recalls = {c.replace("_R@", " R@"): (metrics.step, metrics[c]) for c in metrics if c.endswith(("R@1", "R@5"))}
+    if recalls: plot_curves(recalls, "step", "recall on unseen images", ax=panels[1])
+    else: panels[1].text(.5, .5, "no recall was measured", ha="center", color=QUIET)
+    for ax, name in zip(panels[2:], ("learning_rate", "temperature", "gradient_norm")): plot_curves({name: (steps.step, steps[name])}, "step", name.replace("_", " "), ax=ax)
+    panels[5].axis("off")
+    if not recalls: panels[1].axis("off")
+    return _done(fig)
 
 # %% ../nbs/01_viz.ipynb #79c13170
 def plot_bars(values, xlabel=None, title=None, marks=None, ax=None, fmt="{:.3g}", colour="blue"):
