@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Encoding captions on the CPU: sorted and trimmed (clip475) beside batches padded to 77, and how quick tokens are.
 
-    python bench/captions.py [--captions 256] [--batch 32] [--threads 1] [--repeats 2] [--data ../shared/data/coco2014] [--json]
+    python bench/captions.py [--batches 5] [--padded 128] [--threads 1] [--repeats 1] [--data ../shared/data/coco2014] [--json]
 
 The tower has the specification's size (63,428,096 parameters) and random weights: time does not depend on their values.
-`padded` is what is often seen: `padding="max_length"`, batches in the order of the file, float32. Both sides include
-tokenizing, take the same batch size and run in one process, one after the other. Seconds are CPU seconds of the quickest of `--repeats`.
-Captions are COCO's, drawn by a fixed seed, where `--data` has them, else those of drawn scenes. The real cache sorts 200,000
-captions in batches of 256, so each batch has about one length; here a small batch stands for that.
+`clip475` encodes `--batches` of the batches of 256 that the lab makes of all captions, evenly spaced from the shortest to the
+longest; `positions_per_caption` says how well they stand for all. `padded` is what is often seen: `padding="max_length"`,
+float32, batches of 32, on captions drawn from the same ones; its rows are compared with the lab's. Both sides include
+tokenizing and run in one process. Seconds are CPU seconds, the fewest of `--repeats`. Captions are COCO's where `--data` has
+them, else those of drawn scenes.
 """
 import argparse, json, os, random, resource, sys, time
 from functools import partial
@@ -45,8 +46,20 @@ def padded(captions, encoder, tokenizer, batch):
     return torch.cat(rows)
 
 
-def encoding(captions, batch, repeats):
-    "Captions a second of each way, with their ratio to `padded` and how far their results lie from it."
+def some_batches(captions, tokenizer, count, size=256):
+    "`count` whole batches of the lab's order, shortest to longest, and the mean positions per caption in them and in all."
+    from clip475.text import clean_text, token_ids
+    texts = list(dict.fromkeys(clean_text(c) for c in captions))
+    random.Random(475).shuffle(texts)  # equal lengths in any order
+    pairs = sorted(((len(ids), i) for i, ids in enumerate(token_ids(texts, tokenizer))))
+    batches = [pairs[i:i+size] for i in range(0, len(pairs), size)]
+    picked = [batches[int((k + .5)*len(batches)/count)] for k in range(count)]
+    mean = lambda some: round(sum(batch[-1][0]*len(batch) for batch in some)/sum(map(len, some)), 2)
+    return [texts[i] for batch in picked for _, i in batch], {"sample": mean(picked), "all": mean(batches), "padded": 77}
+
+
+def encoding(captions, batches, sample, repeats):
+    "Captions per CPU second of each way, with their ratio to `padded` and how far their rows lie from it."
     import torch
     from clip475.core import LabConfig, autocast_dtype, seed_everything
     from clip475.text import encode_texts, load_text_encoder, load_tokenizer
@@ -54,15 +67,17 @@ def encoding(captions, batch, repeats):
     config, tokenizer = LabConfig.from_preset("coco"), load_tokenizer("builtin")
     encoder = load_text_encoder(config, pretrained=False)
     native = autocast_dtype(config, torch.device("cpu")) == torch.bfloat16
-    lab = partial(encode_texts, captions, encoder, tokenizer, batch_size=batch)
-    encode_texts(captions[:8], encoder, tokenizer)  # the first call of a process is slow
-    usual, wanted = quickest(lambda: padded(captions, encoder, tokenizer, batch), 1)
-    ways = {"padded to 77, fp32": {"captions_per_cpu_second": round(len(captions)/usual, 1), "ratio": 1.0}}
+    texts, positions = some_batches(captions, tokenizer, batches)
+    drawn = random.Random(0).sample(range(len(texts)), min(sample, len(texts)))
+    encode_texts(texts[:8], encoder, tokenizer)  # the first call of a process is slow
+    seconds, wanted = quickest(lambda: padded([texts[i] for i in drawn], encoder, tokenizer, 32), repeats)
+    usual = len(drawn)/seconds
+    ways = {"padded to 77, fp32": {"captions_per_cpu_second": round(usual, 1), "ratio": 1.0}}
     for name, dtype in [("clip475, fp32", torch.float32)] + native*[("clip475, bf16", torch.bfloat16)]:
-        seconds, rows = quickest(partial(lab, dtype=dtype), repeats)
-        ways[name] = {"captions_per_cpu_second": round(len(captions)/seconds, 1), "ratio": round(usual/seconds, 2),
-                      "max_difference": float((rows - wanted).abs().max()), "min_cosine": round(float((rows*wanted).sum(1).min()), 6)}
-    return {"captions": len(captions), "batch": batch, "bf16_in_hardware": native, "ways": ways}
+        seconds, rows = quickest(partial(encode_texts, texts, encoder, tokenizer, dtype=dtype), repeats)
+        ways[name] = {"captions_per_cpu_second": round(len(texts)/seconds, 1), "ratio": round(len(texts)/seconds/usual, 2),
+                      "max_difference": float((rows[drawn] - wanted).abs().max()), "min_cosine": round(float((rows[drawn]*wanted).sum(1).min()), 6)}
+    return {"captions": len(texts), "compared": len(drawn), "positions_per_caption": positions, "bf16_in_hardware": native, "ways": ways}
 
 
 def tokenizing(captions):
@@ -77,21 +92,20 @@ def tokenizing(captions):
             "truncated_at_77": sum(n > 77 for n in lengths)}
 
 
-def measure(captions=256, batch=32, threads=1, repeats=2, data=DATA):
+def measure(batches=5, padded=128, threads=1, repeats=1, data=DATA):
     "All of it, in this process."
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     import torch
     torch.set_num_threads(threads)
-    source, everything = all_captions(data)
-    drawn = random.Random(475).sample(everything, min(captions, len(everything)))
-    result = {"source": source, "threads": threads, "torch": torch.__version__, "tokenizing": tokenizing(everything), "encoding": encoding(drawn, batch, repeats)}
+    source, captions = all_captions(data)
+    result = {"source": source, "threads": threads, "torch": torch.__version__, "tokenizing": tokenizing(captions), "encoding": encoding(captions, batches, padded, repeats)}
     result["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == "darwin" else 2**10))
     return result
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in {"captions": 256, "batch": 32, "threads": 1, "repeats": 2}.items(): parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in {"batches": 5, "padded": 128, "threads": 1, "repeats": 1}.items(): parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--data", default=DATA, help="a folder in COCO 2014's layout")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = vars(parser.parse_args())
@@ -101,7 +115,7 @@ def main():
     t, e = result["tokenizing"], result["encoding"]
     print(f"{result['source']}: {t['captions']:,} captions cleaned in {t['clean_cpu_seconds']} CPU seconds, cleaned and tokenized in {t['tokenize_cpu_seconds']}; "
           f"{t['tokens_median']} tokens in the median, {t['tokens_max']} at most, {t['truncated_at_77']} truncated at 77\n\n"
-          f"{e['captions']} captions, batches of {e['batch']}, {result['threads']} thread(s)\n\n| way | captions per CPU second | ratio | largest difference | smallest cosine |\n| --- | ---: | ---: | ---: | ---: |")
+          f"{e['captions']:,} captions, {e['positions_per_caption']['sample']} positions each when trimmed ({e['positions_per_caption']['all']} in all of the file), {e['compared']} compared, {result['threads']} thread(s)\n\n| way | captions per CPU second | ratio | largest difference | smallest cosine |\n| --- | ---: | ---: | ---: | ---: |")
     for name, way in e["ways"].items(): print(f"| {name} | {way['captions_per_cpu_second']} | {way['ratio']} | {way.get('max_difference', 0):.1e} | {way.get('min_cosine', 1)} |")
     if not e["bf16_in_hardware"]: print("\nThis processor has no bfloat16 of its own, so that row is left out.")
 
