@@ -4,8 +4,9 @@
     python bench/images.py [--pictures DIR] [--count 128] [--rows 4000] [--memory 20000] [--size 224] [--json]
 
 The other side is what public solutions do for each picture of each epoch: PIL decode, torchvision's Resize, ToTensor, Normalize.
-Both sides run in turns in one process that is held to one core and one thread; the best of several rounds counts. The
-pictures are made up, 640×480, with detail like a photograph's (about 165 kB each, COCO's mean); `--pictures` takes real ones.
+Both sides run in turns in one process that is held to one core and one thread; times are CPU time, so that other programs
+do not count (waiting for the disk does not either), and the best of several rounds counts. The
+pictures are made up, 640×480, with detail like a photograph's (about 140 kB each, COCO's have 160 on average); `--pictures` takes real ones.
 
 - pack: `pack_images`, everything included: decode, squash, checksum, journal, write, fsync, manifest, open.
 - epoch: batches of 256 random rows out of the packed file as training reads them, uint8 → uint8; and once more with `normalize`.
@@ -44,13 +45,13 @@ def usual(size):
 
 
 def rounds(times, **ways):
-    "The shortest time that each way took, in turns."
+    "The least CPU time that each way took, in turns."
     best = dict.fromkeys(ways, float("inf"))
     for _ in range(times):
         for name, way in ways.items():
-            start = time.perf_counter()
+            start = time.process_time()
             way()
-            best[name] = min(best[name], time.perf_counter() - start)
+            best[name] = min(best[name], time.process_time() - start)
     return best
 
 

@@ -150,7 +150,7 @@ def _record(own, f, journal, row, key, pixels):
 def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def _square_or_why(path, size):
-    try: return read_square(path, size).tobytes()
+    try: return read_square(path, size)
     except BadImage as error: return error
 
 def _decode_rows(own, split, keys, todo, bar, chunk=64):
@@ -218,8 +218,8 @@ def _pack(split, manifest, stamps, file, unfinished, progress, rebuild):
 
 # %% ../nbs/04_images.ipynb #a77dcec5
 def _check_folder(folder, paths):
-    for own in {path.parent.resolve() for path in paths}:
-        if own in (folder.resolve(), *folder.resolve().parents): raise LabError(f"{folder}: this is the pictures' own folder, which is only read; give another one")
+    for own in {path.parent for path in paths}:
+        if own.resolve() in (folder.resolve(), *folder.resolve().parents): raise LabError(f"{folder}: this is the pictures' own folder, which is only read; give another one")
 
 def _open_if_whole(file, manifest):
     try: return _open_checked(file, manifest)
