@@ -224,10 +224,9 @@ def load_splits(root, config):
     if len(shared): raise LabError(f"{root}: image {shared[0]} is in both train and val ({len(shared)} such); remove it from one of the two caption files")
     return train, val
 
-# %% ../nbs/03_coco.ipynb #d8131f15
+# %% ../nbs/03_coco.ipynb #9dd1b96f
 def words_per_caption(split): return [len(caption.split()) for caption in split.captions]
 
-# %% ../nbs/03_coco.ipynb #9dd1b96f
 def _describe(split):
     each = np.diff(split.first_caption)
     words = words_per_caption(split)
