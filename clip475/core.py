@@ -73,10 +73,13 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 def save_tensors(path, tensors, metadata=None):
-    "Write named tensors to `path` as safetensors, whole or not at all. `metadata`: a dict of texts."
-    from safetensors.torch import save
-    content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
-    with atomic_path(path) as part: part.write_bytes(content)     # safetensors' own save_file makes it private to its owner
+    "Write named tensors to `path` as safetensors, whole or not at all. `metadata`: a dict of texts. A full disk raises `OSError`."
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    with atomic_path(path) as part:
+        try: save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part, metadata)
+        except SafetensorError as e: raise OSError(f"{path}: it cannot be written ({e})") from None
+        part.chmod(part.parent.stat().st_mode & 0o666)     # safetensors makes it private; whoever may read the folder may read it
 
 # %% ../nbs/00_core.ipynb #6ce36cc7
 class Rule(NamedTuple):

@@ -20,7 +20,7 @@ from .core import LabError, autocast_dtype, fingerprint, new_run_folder, pick_de
 from .distributed import first_goes_first, processes, told_by_first
 from .images import load_image
 from .splits import split_record
-from .loss import contrastive_loss
+from .loss import check_loss
 from .model import build_backbone, load_model, parameter_table
 from .retrieval import evaluate_retrieval, retrieval_table, search
 from .scenes import load_truth, oracle_recall
@@ -145,8 +145,7 @@ def hardware(config, device):
 def check_config(config):
     "Raise `LabError` for choices that cannot work together, before any work."
     with torch.device("meta"): build_backbone(config.backbone)
-    pair = torch.eye(2, config.embedding_dim)
-    contrastive_loss(config, pair, pair.repeat_interleave(config.captions_per_image, 0), torch.zeros(()), torch.arange(2), torch.arange(2).repeat_interleave(config.captions_per_image), torch.zeros(()))
+    check_loss(config)
     if config.train_images is not None and config.train_images < config.batch_size: raise LabError(f"batch_size is {config.batch_size} and train_images {config.train_images}, so no batch is full; make batch_size smaller")
     if config.val_images == 1: raise LabError("val_images is 1, and one image has no negatives; validate on at least 2")
 

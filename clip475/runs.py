@@ -102,7 +102,7 @@ def check_run_folder(run, resume=False):
     if run.exists() and not run.is_dir(): raise LabError(f"{run}: this is a file; a run needs a folder, name another with --run")
     if not resume and any((run/name).exists() for name in _TRACES): raise LabError(f"{run}: this folder holds a run already; choose another with --run, or go on with --resume")
     above = next(p for p in (run, *run.absolute().parents) if p.exists())
-    if not os.access(above, os.W_OK): raise LabError(f"{above}: nothing can be written here; choose another folder with --run")
+    if not (above.is_dir() and os.access(above, os.W_OK)): raise LabError(f"{above}: nothing can be written here; choose another folder with --run")
 
 @contextmanager
 def only_run(run, us):
@@ -151,6 +151,14 @@ def _keep_epoch(state, config, run):
     write_text(Path(run)/"steps.csv", _csv(state.log))
     write_text(Path(run)/"metrics.csv", _csv(state.metrics))
     if state.best["epoch"] == state.epoch: save_model(evaluated(state), config, run)
+    _to_tensorboard(state, run)
+
+def _to_tensorboard(state, run):
+    "The epoch's numbers as TensorBoard reads them, where it is installed."
+    try: from torch.utils.tensorboard import SummaryWriter
+    except ImportError: return
+    with SummaryWriter(Path(run)/"tensorboard", purge_step=state.step) as writer:
+        for name, value in state.metrics[-1].items(): writer.add_scalar(name, value, state.step)
 
 def _finish_epoch(state, row, val, config, measure):
     "Validate (in the first process), append the row, and note whether this epoch is the best."

@@ -156,7 +156,7 @@ def _backward(state, pixels, loss_of, config):
     chunks = pixels.split(config.micro_batch)
     def encode(i):
         with unsynchronised(state.encode) if torch.is_grad_enabled() and i < len(chunks) - 1 else nullcontext(): return _embed(state, chunks[i], config)
-    return cached_backward(encode, range(len(chunks)), loss_of, backward)
+    return cached_backward(encode, range(len(chunks)), loss_of, backward, module=state.model.image_encoder)
 
 # %% ../nbs/09_train.ipynb #a9571ca3
 def _gradient_norm(state, config):

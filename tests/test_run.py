@@ -1,5 +1,5 @@
 "The lab from the command line, end to end, in processes of their own: results, resumption, and what it says of bad input."
-import contextlib, csv, io, json, os, shutil, signal, subprocess, sys, time
+import contextlib, csv, io, json, os, shutil, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -71,17 +71,19 @@ def test_the_same_seed_gives_the_same_numbers(place, first):
     assert same_weights(place, "first", "second")
 
 
-def test_a_killed_run_resumes_to_the_same_bits(place, first):
-    process = subprocess.Popen([sys.executable, "-m", "clip475", "train", *SMALL, "--run", "killed"], cwd=place, env=environment(place), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        waiting = time.monotonic() + 240
-        while not (place/"killed"/"checkpoint"/"last.pt").exists() and process.poll() is None and time.monotonic() < waiting: time.sleep(.02)
-    finally: process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert (place/"killed"/"checkpoint"/"last.pt").exists()
-    resumed = ok(place, "train", "--resume", "--run", "killed", how=clip475)
+def test_a_run_that_is_asked_to_stop_resumes_to_the_same_bits(place, first):
+    "SIGTERM, as a cluster sends it; SIGKILL is in test_kill.py."
+    process = subprocess.Popen([sys.executable, "-m", "clip475", "train", *SMALL, "--run", "asked"], cwd=place, env=environment(place), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    waiting = time.monotonic() + 240
+    while not list((place/"asked").glob("checkpoint/step-*.pt")) and process.poll() is None and time.monotonic() < waiting: time.sleep(.02)
+    process.terminate()
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and out == "" and "Traceback" not in err
+    assert "stopped after step" in err and "--resume --run" in err and "asked" in err
+    assert int(next((place/"asked"/"checkpoint").glob("step-*.pt")).stem[5:]) < 24     # it had not finished
+    resumed = ok(place, "train", "--resume", "--run", "asked")
     assert resumed["i2t"] == first["i2t"] and resumed["t2i"] == first["t2i"]
-    assert same_weights(place, "first", "killed")
+    assert same_weights(place, "first", "asked")
 
 
 def test_eval_and_search_use_what_was_trained(place, first):
@@ -162,7 +164,9 @@ def test_an_empty_split_and_too_many_images(place, first):
 
 @pytest.mark.parametrize("argv, says", [
     (["train", "--data", "nowhere"], "nowhere"), (["train", "--run", "first"], "--resume"), (["train", "--resume", "--run", "never"], "never"),
-    (["train", "--resume", "--run", "first", "--seed", "7"], "seed"), (["eval", "--run", "never"], "never"), (["search", "a dog", "--run", "first", "-k", "65"], "65"),
+    (["train", "--resume", "--run", "first", "--seed", "7"], "seed"), (["train", "--resume", "--run", "first", "--preset", "coco"], "--preset"), (["train", "--run", "first/config.json"], "a file"),
+    (["train", "--run", "first/config.json/deeper"], "nothing can be written"), (["train", "--set", "preset=coco"], "--preset coco"), (["train", "--seed", str(2**64)], "seed"), (["train", "--val", "1"], "val_images"),
+    (["train", "--set", "loss=multi-positive", "--set", "label_smoothing=2"], "label_smoothing"), (["prepare", "--root", "x"], "--dataset"), (["eval", "--run", "never"], "never"), (["search", "a dog", "--run", "first", "-k", "65"], "65"),
     (["search", " ", "--run", "first"], "empty"), (["train", "--set", "speed=9"], "speed"), (["train", "--set", "epochs=none"], "epochs"), (["train", "--set", "nothing"], "FIELD=VALUE"),
     (["train", "--config", "none.json"], "none.json"), (["train", "--set", "text_model=someone/clip"], "revision"), (["train", "--set", "backbone=vgg"], "resnet18"),
     (["train", "--set", "batch_size=1000", "--train", "256", "--val", "64"], "batch_size"), (["fly"], "demo"), ([], "VERB")])
@@ -177,6 +181,50 @@ def test_a_model_of_another_config_or_a_cut_file_is_refused(place, first):
     weights = place/"cut"/"model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     assert "model.safetensors" in refused(place, "search", "a dog", "--run", "cut")[0]
+
+
+def test_a_tiny_gallery_is_enough_for_the_demo(place, first):
+    results = ok(place, "demo", *SMALL[:2], "--val", "3", "--set", "epochs=1", "--set", "batch_size=32", "--run", "three")
+    assert len(results["search"]["results"]) == 3
+
+
+def test_data_that_moved_are_named_and_pictures_that_changed_are_seen(place, first):
+    "A run keeps embeddings; when a picture was replaced under its name, they are made anew."
+    shutil.copytree(place/"first", place/"moved")
+    data = damaged(place, "elsewhere", None)
+    before = ok(place, "search", "a red boat", "--run", "moved", "--data", data)["results"]
+    best = Path(before[0]["file"])
+    others = [p for p in best.parent.iterdir() if p.name not in {Path(f["file"]).name for f in before}]
+    best.write_bytes(others[0].read_bytes())
+    after = ok(place, "search", "a red boat", "--run", "moved", "--data", data)["results"]
+    assert {f["image_id"]: f["score"] for f in after}.get(before[0]["image_id"], 0) != before[0]["score"]
+
+
+def test_the_report_keeps_what_it_knows_of_the_training(place, first):
+    told = first["training"]
+    again = ok(place, "eval", "--run", "first")
+    assert again["training"] == told and again["seconds"] != first["seconds"]
+    assert f"{told['seconds']} s in 1 process" in (place/"first"/"report.md").read_text()
+
+
+def test_a_third_split_that_chose_nothing(place, first):
+    results = ok(place, "train", "--train", "64", "--val", "32", "--test", "16", "--set", "epochs=1", "--set", "batch_size=32", "--run", "third", "--data", next((place/"cache").glob("scenes-v2-256*")))
+    ids = {name: s["ids"] for name, s in json.loads((place/"third"/"split.json").read_text())["splits"].items()}
+    assert results["test"]["images"] == 16 and {k: len(v) for k, v in ids.items()} == {"train": 64, "val": 32, "test": 16}
+    assert len(set(sum(ids.values(), []))) == 112 and "chose nothing" in (place/"third"/"report.md").read_text()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of a file as POSIX does")
+def test_a_full_disk_is_one_sentence_and_loses_nothing(place, first):
+    "Files end at 30 MB here; a checkpoint takes 60."
+    def limited():
+        import resource, signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30*2**20, 30*2**20))
+    done = subprocess.run([sys.executable, "-m", "clip475", "train", *SMALL, "--run", "full"], cwd=place, env=environment(place), capture_output=True, text=True, preexec_fn=limited)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert done.stderr.splitlines()[-1].startswith("clip475: full/checkpoint/step-00000008.pt: the checkpoint cannot be written"), done.stderr[-500:]
+    assert {p.name for p in (place/"full").rglob("*") if p.is_file()} == {"config.json", ".lock"}
 
 
 def test_help_reads_well(place):
