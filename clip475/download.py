@@ -37,6 +37,7 @@ def _get_rest(pool, url, part, patience, stop, bar):
                 bar.update(len(piece))
         except TryAgain as e: raise TryAgain(str(e), e.after, progress=got > 0) from None
 
+# %% ../nbs/03d_download.ipynb #097be57e
 def fetch_archive(url, path, md5, patience=Patience(), progress=True):
     "Fetch one large file to `path`, going on where an earlier try ended; `LabError` unless its MD5 is `md5`."
     part, stop, pool = path.with_name(f".{path.name}.part"), Event(), open_pool(url)
@@ -128,6 +129,7 @@ def prepare_coco2014(root, config, progress=True, source=COCO2014, patience=Pati
     write_json(root/SPLIT_FILE, record)
     return record
 
+# %% ../nbs/03d_download.ipynb #196c2eeb
 def _sweep(root, age=3600):
     "Remove what a killed run left half written: temporary files older than an hour."
     for folder in (root, *(root/name for name in ("annotations", "train2014", "val2014"))):
