@@ -7,7 +7,7 @@ __all__ = ['tensor_bytes', 'resting_bytes', 'activation_bytes', 'peak_bytes', 'l
            'gradient_norms', 'weight_drift', 'embedding_drift', 'linear_cka', 'similarity_drift']
 
 # %% ../nbs/07b_meters.ipynb #d4b0e40e
-import gc, threading
+import ctypes, gc, threading
 from collections import defaultdict
 from statistics import median
 from time import perf_counter
@@ -49,11 +49,18 @@ class _Watch(threading.Thread):
 
     def look(self): self.highest = max(self.highest, self.process.memory_info().rss)
 
+# %% ../nbs/07b_meters.ipynb #0951b2f7
+def _give_back():
+    "Free what nobody holds, and have glibc return it to the system: memory that is kept in reserve would not show when it is used again."
+    gc.collect()
+    try: ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError): pass # no glibc
+
 def peak_bytes(fn, device="cpu"):
     """Bytes by which memory rises at most while `fn()` runs: allocated tensors on CUDA, exactly; elsewhere resident memory of the whole process, sampled.
 
-    Resident memory counts what was never used before: call `fn` once beforehand to see a step in the middle of a run."""
-    gc.collect()
+    Call `fn` once beforehand: a first run loads code and makes optimizer state."""
+    _give_back()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
