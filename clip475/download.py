@@ -45,6 +45,7 @@ def fetch_archive(url, path, md5, patience=Patience(), progress=True):
     with tqdm(desc=path.name, unit="B", unit_scale=True, disable=not progress) as bar:
         try: persistently(lambda: _get_rest(pool, url, part, patience, stop, bar), patience, stop)
         except Unavailable as e: raise LabError(f"{url}: it cannot be had ({e}); run the same command again, it goes on where it was, or fetch it yourself and unpack it in {path.parent}") from None
+        except OSError as e: raise LabError(f"{part}: it cannot be written ({e.strerror or e}); see to it and run the same command again, it goes on where it was") from None
     with open(part, "rb") as f: found = hashlib.file_digest(f, "md5").hexdigest()
     if found != md5:
         part.unlink()
@@ -113,7 +114,8 @@ def prepare_coco2014(root, config, progress=True, source=COCO2014, patience=Pati
 
     Only what is missing is fetched, so running it again goes on. Raises `LabError` for what cannot be had (`config.on_bad`)."""
     root = Path(root).expanduser()
-    root.mkdir(parents=True, exist_ok=True)
+    try: root.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise LabError(f"{root}: this folder cannot be made ({e.strerror}); name another one with --root") from None
     _sweep(root)
     pools = _captions(root, source, patience, progress)
     if config.test_images != 0: pools = with_karpathy_test(pools, root, config.test_images)

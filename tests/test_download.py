@@ -246,6 +246,15 @@ def test_a_disk_that_fills_up(server, root, monkeypatch):
     check(root, config())
 
 
+def test_a_root_that_is_a_file(server, tmp_path):
+    (tmp_path/"file").write_text("x")
+    assert "name another one with --root" in refusal(prepare, tmp_path/"file", server)
+
+def test_an_archive_that_cannot_be_written(server, root):
+    (root/".a.zip.part").mkdir(parents=True)
+    assert "it cannot be written" in refusal(fetch_archive, server.source.archive, root/"a.zip", server.md5, quick(), False)
+
+
 # what lies there already
 
 def test_broken_files_are_fetched_again_and_whole_ones_are_not(server, root):
