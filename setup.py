@@ -26,10 +26,11 @@ setup(
     author=settings["author"],
     author_email=settings["author_email"],
     url=settings["git_url"],
-    license="Apache-2.0",
+    license="Apache-2.0 AND MIT",     # the tokenizer is made from OpenAI's table, which is MIT
+    license_files=["LICENSE", "clip475/builtin_text/LICENSE.openai-clip"],
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split()},
+    extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "faiss")},
     packages=[settings["lib_path"]],
     package_data={settings["lib_path"]: ["builtin_text/*"]},
     entry_points={"console_scripts": settings["console_scripts"].split()},

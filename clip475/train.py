@@ -68,14 +68,17 @@ def _note_missing(split):
 
 def _pack(root, config, names, progress, rebuild):
     "Splits, packed pixels, and the images that others replaced: {split name: [(image id, file, reason)]}."
-    bad = {}
+    bad, anew = {}, set(names if rebuild else ())
+    def pack(split):
+        again = split.name in anew
+        anew.discard(split.name)      # once is enough: after a replacement, what was decoded is taken over
+        return pack_images(split, packed_size(config, split.name == "train"), progress=progress, rebuild=again)
     while True:
         splits = [s for s in read_splits(root, config, {name: {b[0] for b in some} for name, some in bad.items()}) if s.name in names]
-        try: return splits, [pack_images(s, packed_size(config, s.name == "train"), progress=progress, rebuild=rebuild) for s in splits], bad
+        try: return splits, [pack(s) for s in splits], bad
         except BadImages as e:
             if config.on_bad == "fail": raise
             bad.setdefault(e.split, []).extend((id, Path(path).name, reason) for id, path, reason in e.bad)
-            rebuild = False
 
 def prepare_data(config, progress=True, names=("train", "val", "test"), rebuild=False):
     """Step 1 in one call: read the splits, pack the images, encode the captions.
