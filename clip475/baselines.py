@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from .core import LabError
 from .exact import check_embeddings, check_labels
-from .images import normalize
+from .pixels import normalize
 from .retrieval import WAYS, captions_per_image, percent
 
 # %% ../nbs/10a_baselines.ipynb #d8539125

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'FORMAT', 'Encoder', 'text_notes', 'model_encoder', 'leading_first', 'Found', 'picture_of', 'combine',
-           'SearchIndex', 'worst_ranks', 'confident_mistakes', 'better_elsewhere', 'k_occurrence', 'skewness', 'hubs']
+           'SearchIndex']
 
 # %% ../nbs/10b_search.ipynb #ce5948f8
 import importlib.util, shutil
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from .core import LabError, atomic_path, fingerprint, one_of, read_json, write_json
-from .exact import Ahead, best_right, check_embeddings, check_labels, first, pair_scores, pairing, tiles, unit32
+from .exact import check_embeddings, check_labels, first, pair_scores, pairing, unit32
 from .pixels import load_image, normalize, resize_square, to_rgb
 from .retrieval import captions_per_image
 from .text import encode_texts, known_token_share, weights_fingerprint
@@ -120,6 +120,7 @@ class Found:
     query: object
     items: list
     note: str = ""
+    of_text: bool = True
 
     def __iter__(self): return iter(self.items)
 
@@ -132,9 +133,9 @@ class Found:
 
     def gallery_row(self, hits=None, load=load_image):
         "For `viz.plot_gallery`: the pictures, or the captions, with their scores; `hits`: whether each is right, where that is known."
-        query = self.query if isinstance(self.query, str) else picture_of(self.query, load)
+        query = self.query if self.of_text else picture_of(self.query, load)
         results = [item["caption"] if "caption" in item else load(item["image_path"]) for item in self.items]
-        return GalleryRow(f"{query}  [{self.note}]" if self.note and isinstance(query, str) else query, results, hits, [item["score"] for item in self.items])
+        return GalleryRow(f"{query}  [{self.note}]" if self.note and self.of_text else query, results, hits, [item["score"] for item in self.items])
 
 def picture_of(source, load=load_image):
     "An RGB PIL picture from a path, from bytes (an upload) or from a PIL picture. Raises `LabError` for what does not decode."
@@ -154,7 +155,100 @@ def combine(image, plus=(), minus=(), weight=1.):
     if mixed.norm() < 1e-3: raise LabError("what was added and subtracted cancels out, so no direction is left; change plus or minus")
     return F.normalize(mixed, dim=0)
 
-class SearchIndex(_Stored):
+# %% ../nbs/10b_search.ipynb #d2b05dcc
+class _Asked(_Stored):
+    "What can be asked."
+    def _of_text(self, query):
+        if torch.is_tensor(query) or isinstance(query, np.ndarray): return self._checked(query), ""
+        if not isinstance(query, str) or not query.strip(): raise LabError("the query is empty; say what to look for, as in \"a red boat\"")
+        if self.encoder is None: raise LabError("this index has no encoder for texts; open it with encoder=…, or ask with an embedding")
+        return self._checked(self.encoder.text([query])[0]), "; ".join(self.encoder.notes(query))
+
+    def _of_image(self, query):
+        "Embedding, note and row (of an image in the index) of a picture query."
+        if isinstance(query, (int, np.integer)) and not isinstance(query, bool):
+            if not 0 <= query < len(self): raise LabError(f"image row {query} is not in the index; its rows go from 0 to {len(self) - 1}")
+            return self.image_embeddings[int(query)], "", int(query)
+        if torch.is_tensor(query) or isinstance(query, np.ndarray): return self._checked(query), "", None
+        if self.encoder is None or self.encoder.image is None: raise LabError("this index has no encoder for pictures; open it with encoder=…, or ask with an embedding or an image row")
+        picture = picture_of(query)
+        note = f"the picture has only {picture.width}×{picture.height} pixels, too few to show anything" if min(picture.size) < 8 else ""
+        return self._checked(self.encoder.image([picture])[0]), note, None
+
+    def _checked(self, embedding):
+        "A query embedding `(D,)` of the index's width, finite, else a `LabError`."
+        query = check_embeddings("the query", torch.as_tensor(embedding)[None]).cpu()
+        if query.shape[1] != self.image_embeddings.shape[1]: raise LabError(f"the query is {query.shape[1]} wide and the index {self.image_embeddings.shape[1]}; it was made by another model")
+        return query[0]
+
+# %% ../nbs/10b_search.ipynb #97d1dd83
+class _Answered(_Asked):
+    "What is answered."
+    def path(self, row): return self.table["image_path"].iloc[row]
+
+    def captions_of(self, row):
+        "The captions of image `row`, in their order when the index was built."
+        mine = np.flatnonzero(self._owner == row)
+        return self.table["caption"].iloc[mine[np.argsort(self.table["caption_row"].to_numpy()[mine])]].tolist()
+
+    @property
+    def _owner(self): return self.table["image_row"].to_numpy()
+
+    def _found(self, query, embedding, k, find, note, leave_out=None, of_text=True):
+        one_of("find", find, ("images", "captions"))
+        gallery = self.image_embeddings if find == "images" else self.text_embeddings
+        out = leave_out is not None and find == "images"
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= len(gallery) - out:
+            raise LabError(f"k is {k!r}, and there are {len(gallery) - out:,} {find} to find; choose a k from 1 to {len(gallery) - out}")
+        scores, rows = self._nearest(embedding, gallery, k + out, find)
+        kept = [(s, r) for s, r in zip(scores.tolist(), rows.tolist()) if not out or r != leave_out][:k]
+        return Found(query, [self._item(i + 1, s, r, find) for i, (s, r) in enumerate(kept)], note, of_text)
+
+    def _item(self, rank, score, row, find):
+        line = self.table.iloc[row]
+        item = {"rank": rank, "score": round(score, 4), "row": row, "image_id": int(line.image_id), "image_path": line.image_path}
+        return item | ({"captions": self.captions_of(row)} if find == "images" else {"caption": line.caption, "image_row": int(line.image_row)})
+
+    def _nearest(self, embedding, gallery, k, find):
+        "Scores and rows `(k,)`, exact, ties by row; faiss proposes a few more than k, which are settled in the same way."
+        pairs = pairing(embedding[None], gallery, gallery32=gallery)
+        if self.backend == "exact": return [x[0] for x in first(pairs, int(k))]
+        rows = torch.from_numpy(self._faiss_index(find, gallery).search(pairs.query32.numpy(), min(int(k) + 32, len(gallery)))[1][0]).sort().values
+        scores = pair_scores(pairs, torch.zeros_like(rows), rows)
+        order = scores.argsort(descending=True, stable=True)[:k]
+        return scores[order].float(), rows[order]
+
+    def _faiss_index(self, find, gallery):
+        if find not in self._faiss:
+            import faiss
+            self._faiss[find] = faiss.IndexFlatIP(gallery.shape[1])
+            self._faiss[find].add(np.ascontiguousarray(gallery.numpy()))
+        return self._faiss[find]
+
+# %% ../nbs/10b_search.ipynb #ad6bc76b
+class _Searched(_Answered):
+    "The ways to ask."
+    def search_text(self, query, k=5, find="images"):
+        "The `k` images (or captions, `find=\"captions\"`) nearest to a text or to an embedding `(D,)`: a `Found`, whose `note` says what the tower could not read."
+        embedding, note = self._of_text(query)
+        return self._found(query if isinstance(query, str) else "an embedding", embedding, k, find, note)
+
+    def search_image(self, query, k=5, find="images"):
+        "The `k` images (or captions) nearest to a picture: an image row of the index, which is left out of its own answer, a path, bytes, a PIL picture or an embedding `(D,)`."
+        embedding, note, row = self._of_image(query)
+        return self._found(query if row is None else Path(self.path(row)), embedding, k, find, note, row, of_text=False)
+
+    def like_but(self, image, plus=(), minus=(), k=5, weight=1.):
+        "Images like `image` (see `search_image`), more like the texts `plus` and less like the texts `minus`."
+        embedding, note, row = self._of_image(image)
+        texts = {text: self._of_text(text) for text in (*_listed(plus), *_listed(minus))}
+        mixed = combine(embedding, [texts[t][0] for t in _listed(plus)], [texts[t][0] for t in _listed(minus)], weight)
+        return self._found(image if row is None else Path(self.path(row)), mixed, k, "images", "; ".join(n for n in (note, *(n for _, n in texts.values())) if n), row, of_text=False)
+
+def _listed(texts): return [texts] if isinstance(texts, str) else list(texts)
+
+# %% ../nbs/10b_search.ipynb #7413254f
+class SearchIndex(_Searched):
     """Images and captions of a run that can be searched: `build` it once, `save` it, `open` it in a moment.
 
     `backend="exact"` scans all embeddings and settles near ties as `clip475.exact` does; `"faiss"` (its flat index) is for millions."""
@@ -188,146 +282,3 @@ class SearchIndex(_Stored):
         except (OSError, ValueError, EOFError) as error: raise LabError(f"{folder}: the index is damaged ({str(error).splitlines()[0]}); build it again") from None
         _check_shapes(folder, manifest, images, texts, len(table))
         return cls(images, texts, table, manifest, encoder, backend)
-
-    def search_text(self, query, k=5, find="images"):
-        "The `k` images (or captions, `find=\"captions\"`) nearest to a text or to an embedding `(D,)`: a `Found`, whose `note` says what the tower could not read."
-        embedding, note = self._of_text(query)
-        return self._found(query if isinstance(query, str) else None, embedding, k, find, note)
-
-    def search_image(self, query, k=5, find="images"):
-        "The `k` images (or captions) nearest to a picture: an image row of the index, which is left out of its own answer, a path, bytes, a PIL picture or an embedding `(D,)`."
-        embedding, note, row = self._of_image(query)
-        return self._found(self.path(row) if row is not None else query, embedding, k, find, note, row)
-
-    def like_but(self, image, plus=(), minus=(), k=5, weight=1.):
-        "Images like `image` (see `search_image`), more like the texts `plus` and less like the texts `minus`."
-        embedding, note, row = self._of_image(image)
-        texts = {text: self._of_text(text) for text in (*_listed(plus), *_listed(minus))}
-        mixed = combine(embedding, [texts[t][0] for t in _listed(plus)], [texts[t][0] for t in _listed(minus)], weight)
-        return self._found(self.path(row) if row is not None else image, mixed, k, "images", "; ".join(n for n in (note, *(n for _, n in texts.values())) if n), row)
-
-    def path(self, row): return self.table["image_path"].iloc[row]
-
-    def captions_of(self, row):
-        "The captions of image `row`, in their order when the index was built."
-        mine = np.flatnonzero(self._owner == row)
-        return self.table["caption"].iloc[mine[np.argsort(self.table["caption_row"].to_numpy()[mine])]].tolist()
-
-    @property
-    def _owner(self): return self.table["image_row"].to_numpy()
-
-    def _of_text(self, query):
-        if torch.is_tensor(query) or isinstance(query, np.ndarray): return self._checked(query), ""
-        if not isinstance(query, str) or not query.strip(): raise LabError("the query is empty; say what to look for, as in \"a red boat\"")
-        if self.encoder is None: raise LabError("this index has no encoder for texts; open it with encoder=…, or ask with an embedding")
-        return self._checked(self.encoder.text([query])[0]), "; ".join(self.encoder.notes(query))
-
-    def _of_image(self, query):
-        "Embedding, note and row (of an image in the index) of a picture query."
-        if isinstance(query, (int, np.integer)) and not isinstance(query, bool):
-            if not 0 <= query < len(self): raise LabError(f"image row {query} is not in the index; its rows go from 0 to {len(self) - 1}")
-            return self.image_embeddings[int(query)], "", int(query)
-        if torch.is_tensor(query) or isinstance(query, np.ndarray): return self._checked(query), "", None
-        if self.encoder is None or self.encoder.image is None: raise LabError("this index has no encoder for pictures; open it with encoder=…, or ask with an embedding or an image row")
-        picture = picture_of(query)
-        note = f"the picture has only {picture.width}×{picture.height} pixels, too few to show anything" if min(picture.size) < 8 else ""
-        return self._checked(self.encoder.image([picture])[0]), note, None
-
-    def _checked(self, embedding):
-        "A query embedding `(D,)` of the index's width, finite, else a `LabError`."
-        query = check_embeddings("the query", torch.as_tensor(embedding)[None]).cpu()
-        if query.shape[1] != self.image_embeddings.shape[1]: raise LabError(f"the query is {query.shape[1]} wide and the index {self.image_embeddings.shape[1]}; it was made by another model")
-        return query[0]
-
-    def _found(self, query, embedding, k, find, note, leave_out=None):
-        one_of("find", find, ("images", "captions"))
-        gallery = self.image_embeddings if find == "images" else self.text_embeddings
-        out = leave_out is not None and find == "images"
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= len(gallery) - out:
-            raise LabError(f"k is {k!r}, and there are {len(gallery) - out:,} {find} to find; choose a k from 1 to {len(gallery) - out}")
-        scores, rows = self._nearest(embedding, gallery, k + out, find)
-        kept = [(s, r) for s, r in zip(scores.tolist(), rows.tolist()) if not out or r != leave_out][:k]
-        return Found(query, [self._item(i + 1, s, r, find) for i, (s, r) in enumerate(kept)], note)
-
-    def _item(self, rank, score, row, find):
-        line = self.table.iloc[row]
-        item = {"rank": rank, "score": round(score, 4), "row": row, "image_id": int(line.image_id), "image_path": line.image_path}
-        return item | ({"captions": self.captions_of(row)} if find == "images" else {"caption": line.caption, "image_row": int(line.image_row)})
-
-    def _nearest(self, embedding, gallery, k, find):
-        "Scores and rows `(k,)`, exact, ties by row; faiss proposes a few more than k, which are settled in the same way."
-        pairs = pairing(embedding[None], gallery, gallery32=gallery)
-        if self.backend == "exact": return [x[0] for x in first(pairs, int(k))]
-        rows = torch.from_numpy(self._faiss_index(find, gallery).search(pairs.query32.numpy(), min(int(k) + 32, len(gallery)))[1][0]).sort().values
-        scores = pair_scores(pairs, torch.zeros_like(rows), rows)
-        order = scores.argsort(descending=True, stable=True)[:k]
-        return scores[order].float(), rows[order]
-
-    def _faiss_index(self, find, gallery):
-        if find not in self._faiss:
-            import faiss
-            self._faiss[find] = faiss.IndexFlatIP(gallery.shape[1])
-            self._faiss[find].add(np.ascontiguousarray(gallery.numpy()))
-        return self._faiss[find]
-
-def _listed(texts): return [texts] if isinstance(texts, str) else list(texts)
-
-# %% ../nbs/10b_search.ipynb #9b1c3e41
-def _ranks(index):
-    "For each caption its rank, the definition's score of its own picture, and the `Pairing` of captions and images."
-    pairs, owner = pairing(index.text_embeddings, index.image_embeddings, index.image_embeddings), torch.from_numpy(np.array(index._owner))
-    own = best_right(pairs, owner, rows := torch.arange(len(index)))
-    ahead = Ahead(pairs, owner, rows, own)
-    for tile in tiles(pairs): ahead.add(*tile)
-    return ahead.count + 1, own, pairs, owner
-
-def _own_last(index, caption, k, header):
-    "The first `k` pictures for a caption that are not its own, and its own picture last."
-    own = int(index._owner[caption])
-    scores, rows = index._nearest(index.text_embeddings[caption], index.image_embeddings, min(k + 1, len(index)), "images")
-    shown = [(r, s) for r, s in zip(rows.tolist(), scores.tolist()) if r != own][:k] + [(own, float(index.text_embeddings[caption] @ index.image_embeddings[own]))]
-    return GalleryRow(f"{index.table['caption'].iloc[caption]}  [{header}]", [load_image(index.path(r)) for r, _ in shown], [r == own for r, _ in shown], [s for _, s in shown])
-
-def worst_ranks(index, n=3, k=4):
-    "Gallery rows of the `n` captions whose own picture stands furthest back: the first `k` pictures, then their own."
-    rank, *_ = _ranks(index)
-    return [_own_last(index, c, k, f"rank {rank[c]} of {len(index)}") for c in rank.argsort(descending=True, stable=True)[:n].tolist()]
-
-# %% ../nbs/10b_search.ipynb #3f6bc883
-def confident_mistakes(index, n=3, k=4):
-    "Gallery rows of the `n` captions whose first picture is wrong by the largest margin over their own."
-    rank, own, pairs, _ = _ranks(index)
-    margin = torch.where(rank > 1, first(pairs, 1)[0][:, 0] - own, -torch.inf)
-    return [_own_last(index, c, k, f"wrong by {margin[c]:.2f}") for c in margin.argsort(descending=True, stable=True)[:n].tolist() if margin[c] > -torch.inf]
-
-# %% ../nbs/10b_search.ipynb #80d3adfa
-def better_elsewhere(index, n=3):
-    "Gallery rows of `n` captions that fit another picture better than that picture's own captions do, on average: their own picture, then the other."
-    rank, own, pairs, owner = _ranks(index)
-    best, other = (x[:, 0] for x in first(pairs, 1))
-    usual = torch.zeros(len(index), dtype=torch.float64).scatter_reduce_(0, owner, own, "mean", include_self=False)  # (N,) how well own captions fit
-    excess = torch.where((rank > 1) & (best > own), best - usual[other], -torch.inf)
-    def row(c):
-        rows = [int(owner[c]), int(other[c])]
-        return GalleryRow(index.table["caption"].iloc[c], [load_image(index.path(r)) for r in rows], [True, False], [float(own[c]), float(best[c])])
-    return [row(c) for c in excess.argsort(descending=True, stable=True)[:n].tolist() if excess[c] > -torch.inf]
-
-# %% ../nbs/10b_search.ipynb #e59088f6
-def k_occurrence(index, k=10):
-    "How many captions have each image among their first `k`, `(N,)` int64 (Radovanović et al. 2010, section 3)."
-    if not 1 <= k <= len(index): raise LabError(f"k is {k}, and there are {len(index)} images; choose a k from 1 to {len(index)}")
-    return torch.bincount(first(pairing(index.text_embeddings, index.image_embeddings, index.image_embeddings), k)[1].flatten(), minlength=len(index))
-
-def skewness(counts):
-    "The third standardised moment: 0 for a symmetric distribution, large where few images get most of the answers."
-    z = counts.double() - counts.double().mean()
-    return (z**3).mean().item() / max((z**2).mean().item() ** 1.5, 1e-12)
-
-def hubs(index, n=2, k=10, show=4):
-    "Gallery rows of the `n` images with the highest k-occurrence: the picture, and the `show` captions of other images nearest to it."
-    counts, owner = k_occurrence(index, k), index._owner
-    def row(image):
-        scores, rows = index._nearest(index.image_embeddings[image], index.text_embeddings, min(show + int((owner == image).sum()), len(owner)), "captions")
-        others = [(r, s) for r, s in zip(rows.tolist(), scores.tolist()) if owner[r] != image][:show]
-        return GalleryRow(load_image(index.path(image)), [index.table["caption"].iloc[r] for r, _ in others], [False] * len(others), [s for _, s in others])
-    return [row(i) for i in counts.argsort(descending=True, stable=True)[:n].tolist()]
