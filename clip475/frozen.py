@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import pandas as pd, torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from .anatomy import component_table, parts
+from .anatomy import component_table, parameters_of, parts
 from .core import LabError, one_of
 from .model import SCALARS, parameter_summary
 from .text import weights_fingerprint
@@ -154,7 +154,7 @@ def _norms_said(things):
 
 # %% ../nbs/07_frozen.ipynb #3083c422
 def _part_row(part, things, before):
-    params = [p for t in things for p in ([t] if isinstance(t, nn.Parameter) else t.parameters())]
+    params = parameters_of(things)
     trained = sum(p.numel() for p in params if p.requires_grad)
     switched = {now: sum(p.numel() for p in params if p.requires_grad == now != before[id(p)]) for now in (True, False)}
     return {"part": part, "parameters": sum(p.numel() for p in params), "trainable": trained, "newly trainable": switched[True], "newly frozen": switched[False], "BatchNorm": _norms_said(things)}

@@ -12,7 +12,7 @@ from collections import defaultdict
 from statistics import median
 from time import perf_counter
 import psutil, torch, torch.nn.functional as F
-from .anatomy import _components, _params
+from .anatomy import members, parameters_of
 from .core import LabError
 
 # %% ../nbs/07b_meters.ipynb #72b7ac84
@@ -119,7 +119,7 @@ def _norm(tensors): return float(torch.stack([t.detach().double().norm() for t i
 def gradient_norms(model, by="component"):
     "L2 norm of the gradient that lies in each component (0 where nothing trains), or with `by=\"layer\"` in each layer that has one."
     if by not in ("component", "layer"): raise LabError(f"by is {by!r}; choose one of: component, layer")
-    groups = {name: _params(things) for name,things in _components(model, False).items()} if by == "component" else {name or "the model": list(m.parameters(recurse=False)) for name,m in model.named_modules()}
+    groups = {name: parameters_of(things) for name,things in members(model).items()} if by == "component" else {name or "the model": list(m.parameters(recurse=False)) for name,m in model.named_modules()}
     norms = {name: [p.grad for p in params if p.grad is not None] for name,params in groups.items() if params}
     return {name: _norm(grads) for name,grads in norms.items() if grads or by == "component"}
 
@@ -128,8 +128,8 @@ def weight_drift(before, model):
     "Relative L2 distance of each component's parameters from a `snapshot` taken earlier: 0 unmoved, 1 as far as it was from zero."
     names = {id(p): name for name,p in model.named_parameters()}
     drift = {}
-    for component,things in _components(model, False).items():
-        pairs = [(before[names[id(p)]].double(), p.detach().cpu().double()) for p in _params(things)]
+    for component,things in members(model).items():
+        pairs = [(before[names[id(p)]].double(), p.detach().cpu().double()) for p in parameters_of(things)]
         if pairs: drift[component] = _norm([now - was for was,now in pairs])/max(_norm([was for was,_ in pairs]), 1e-12)
     return drift
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from safetensors import SafetensorError
 from torch.testing import assert_close
 
 from clip475.coco import CaptionSplit
@@ -393,8 +394,8 @@ def test_the_cache_is_read_only_when_everything_agrees(encoder, tokenizer, tmp_p
 
 
 def test_a_cache_whose_writing_fails_leaves_nothing(encoder, tokenizer, tmp_path, monkeypatch):
-    def full_disk(self, content): self.open("wb").write(content[:9]); raise OSError(28, "No space left on device")
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    def full_disk(tensors, path, metadata=None): Path(path).write_bytes(b"half"); raise SafetensorError("No space left on device")
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(OSError): caption_embeddings(a_split(), TINY, encoder, tokenizer, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -499,7 +500,7 @@ def test_a_save_that_fails_leaves_the_old_model(tmp_path, monkeypatch):
     model = build_model(TINY)
     save_model(model, TINY, tmp_path)
     before = (tmp_path/"model.safetensors").read_bytes()
-    def full_disk(self, content): self.open("wb").write(content[:9]); raise OSError(28, "No space left on device")
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    def full_disk(tensors, path, metadata=None): Path(path).write_bytes(b"half"); raise SafetensorError("No space left on device")
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(OSError): save_model(model, TINY, tmp_path)
     assert (tmp_path/"model.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 2
