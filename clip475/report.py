@@ -149,6 +149,7 @@ def check_config(config):
     if config.train_images is not None and config.train_images < config.batch_size: raise LabError(f"batch_size is {config.batch_size} and train_images {config.train_images}, so no batch is full; make batch_size smaller")
     if config.val_images == 1: raise LabError("val_images is 1, and one image has no negatives; validate on at least 2")
 
+# %% ../nbs/14_report.ipynb #ab8b5894
 def run_lab(config, run=None, resume=False, progress=True, query=None, name="run"):
     """Prepare, train, evaluate and report into the folder `run` (None: a new one, `runs/name-…`); returns the results that results.json holds.
 
@@ -166,6 +167,7 @@ def run_lab(config, run=None, resume=False, progress=True, query=None, name="run
     write_json(Path(run)/"split.json", split_record([s.split for s in (train, val, *test)], config, {s.split.name: s.bad for s in (train, val, *test)}))
     return _finish(*open_run(run), run, train, val, test, trained, start, query)
 
+# %% ../nbs/14_report.ipynb #633267d0
 def open_run(run, data=None):
     "The best model of a finished run, on the best device, and its configuration; `data` names where its data lie now."
     model, config = load_model(run)
@@ -179,6 +181,7 @@ def evaluate_run(run, progress=True, data=None):
     before = read_json(Path(run)/"results.json") if (Path(run)/"results.json").is_file() else {}
     return _finish(model, config, run, train, val, test, before.get("training"), start)
 
+# %% ../nbs/14_report.ipynb #777e1937
 def _finish(model, config, run, train, val, test, trained, start, query=None):
     image_embeddings = embed_images(model, val.pixels, config)
     save_embeddings(image_embeddings, model, val, config, run)
@@ -233,6 +236,7 @@ def _training_text(metrics, config):
             f"The loss ends at {last.train_loss:.3f} on the training and {last.val_loss:.3f} on the validation images; a model that knows nothing has ln {config.batch_size} = {math.log(config.batch_size):.3f}. "
             f"The temperature went from {config.init_temperature} to {last.temperature:.4f}.")
 
+# %% ../nbs/14_report.ipynb #14bb7742
 def _machine(m): return f"{m['device']}, {m['precision']}, Python {m['python']}, {m['versions']}"
 
 def _time_text(results):
@@ -245,6 +249,7 @@ def _test_text(results):
     "The recall on the third split, where there is one: its images chose nothing."
     return ["The best epoch was chosen on the images above. On a test split that chose nothing:", _markdown_table(retrieval_table(results["test"]), index=True)] if "test" in results else []
 
+# %% ../nbs/14_report.ipynb #84211f3d
 _FIGURES = {"loss": "Loss", "recall_curves": "Recall while training", "curves": "The whole run: loss, recall, learning rate, temperature, gradient norm", "sample_pairs": "Random pairs of the validation data", "text_to_image": "From words to pictures: two queries answered rightly and two wrongly, by the order of the seed",
             "image_to_text": "From pictures to words, chosen in the same way", "similarity": "Similarity of one caption each (rows) of eight images (columns); right pairs are framed"}
 
@@ -274,6 +279,7 @@ def found_in(query, model, config, val, image_embeddings, k, run):
     save_figure(figure, path := Path(run)/"figures"/_file_name(query))
     return {"query": query, "run": str(run), "results": found, "figure": str(path)}
 
+# %% ../nbs/14_report.ipynb #afcf7bf8
 def _file_name(query):
     "A name for the picture of a search: its words, and where they say too little, a fingerprint."
     words = re.sub(r"[^a-z0-9]+", "-", query.lower()).strip("-")

@@ -53,6 +53,7 @@ def _read_checkpoint(file):
     if not isinstance(content, dict) or content.get("format") != 2: raise LabError(f"{file}: this is not a checkpoint of this version of clip475")
     return content
 
+# %% ../nbs/09b_runs.ipynb #54eeb4ae
 def _newest_whole(run, warn):
     "The newest checkpoint that can be read, and its file; those that cannot are named to `warn`."
     files, problems = checkpoint_files(run), []
@@ -104,6 +105,7 @@ def check_run_folder(run, resume=False):
     above = next(p for p in (run, *run.absolute().parents) if p.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)): raise LabError(f"{above}: nothing can be written here; choose another folder with --run")
 
+# %% ../nbs/09b_runs.ipynb #1058457b
 @contextmanager
 def only_run(run, us):
     "Hold the run folder for this run alone; raises `LabError` if another is at work in it."
@@ -160,6 +162,7 @@ def _to_tensorboard(state, run):
     with SummaryWriter(Path(run)/"tensorboard", purge_step=state.step) as writer:
         for name, value in state.metrics[-1].items(): writer.add_scalar(name, value, state.step)
 
+# %% ../nbs/09b_runs.ipynb #d6d58e1a
 def _finish_epoch(state, row, val, config, measure):
     "Validate (in the first process), append the row, and note whether this epoch is the best."
     more = validate(state, val, config, measure) if state.us.first else None
@@ -230,6 +233,7 @@ def fit(config, train, val, run, resume=False, measure=None, progress=True, us=N
         with told_what_failed(state, config, run): _train(state, config, train, val, run, resume, measure, progress, watch, _between_steps(config, run, asked, total))
     return state
 
+# %% ../nbs/09b_runs.ipynb #909e6ee0
 def _train(state, config, train, val, run, resume, measure, progress, watch, after_step):
     steps, first = steps_per_epoch(len(train), config), state.us.first
     if first and not resume: config.save(Path(run)/"config.json")

@@ -63,6 +63,7 @@ def data_root(config, progress=True):
     if root.is_dir(): return root
     raise LabError(f"{root}: COCO 2014 is not there; fetch it with: clip475 prepare --dataset coco2014, or name your own copy with --data DIR")
 
+# %% ../nbs/09_train.ipynb #62a4eda5
 def _note_missing(split):
     if split.missing: tqdm.write(f"{split.name}: {split.missing:,} of the {split.missing + len(split):,} listed images are not on disk; going on with {len(split):,}", file=sys.stderr)
 
@@ -80,6 +81,7 @@ def _pack(root, config, names, progress, rebuild):
             if config.on_bad == "fail": raise
             bad.setdefault(e.split, []).extend((id, Path(path).name, reason) for id, path, reason in e.bad)
 
+# %% ../nbs/09_train.ipynb #04a29de0
 def prepare_data(config, progress=True, names=("train", "val", "test"), rebuild=False):
     """Step 1 in one call: read the splits, pack the images, encode the captions.
 
@@ -134,6 +136,7 @@ def start_training(config, us=None, backbone_weights=True):
     average = AveragedModel(model.image_encoder, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True) if config.ema_decay else None
     return TrainState(model, optimizer, scaler, us, _encoder(model, config, us), average)
 
+# %% ../nbs/09_train.ipynb #d34ac23f
 def training_mode(model, config):
     "Put `model` in training mode; with `freeze_batchnorm`, its BatchNorm layers keep the statistics that they have."
     model.train()
@@ -201,6 +204,7 @@ def steps_per_epoch(n, config):
     "Full batches in `n` images; a `LabError` if there is none."
     return len(batches(torch.arange(n), config.batch_size))
 
+# %% ../nbs/09_train.ipynb #6948f73f
 def epoch_batches(train, config, epoch, us, start=0):
     """The batches of `epoch` from number `start` on: this process's pixels (b, S, S, 3) on its device, and of the whole batch
     text_embeddings (B·k, D), image rows (B,) and the image row of each text (B·k,).
@@ -229,6 +233,7 @@ def read_waiting(state, config, total):
         state.log.append(row)
     state.waiting.clear()
 
+# %% ../nbs/09_train.ipynb #f38ba703
 def _summary(state, config, steps):
     "The row of metrics of the epoch that has just been trained."
     rows = state.log[-steps:]
@@ -237,6 +242,7 @@ def _summary(state, config, steps):
     return {"epoch": state.epoch + 1, "step": state.step, "train_loss": sum(r["loss"] for r in rows)/steps, "learning_rate": rows[-1]["learning_rate"], "temperature": rows[-1]["temperature"],
             "gradient_norm": sum(norms)/steps, "clipped_steps": clipped, "images_per_second": steps*config.batch_size/state.seconds, "train_seconds": state.seconds}
 
+# %% ../nbs/09_train.ipynb #cf4af4f4
 def train_epoch(state, train, config, progress=True, after_step=lambda state: None):
     """One pass over the training images, from where `state.step` stands in it. Returns its row of metrics; the caller appends it.
 
