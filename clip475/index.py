@@ -49,17 +49,21 @@ def model_encoder(model, config, tokenizer):
     "The `Encoder` of a trained `DualEncoder`."
     def see(pictures):
         pixels = torch.from_numpy(np.stack([resize_square(p, config.image_size) for p in pictures]))  # (n, S, S, 3)
-        with torch.no_grad(): return model.eval().encode_image(normalize(pixels.to(model.logit_scale.device), config.image_mean, config.image_std)).float().cpu()
+        mode, pixels = model.training, normalize(pixels.to(model.logit_scale.device), config.image_mean, config.image_std)
+        model.eval()
+        try:
+            with torch.no_grad(): return model.encode_image(pixels).float().cpu()
+        finally: model.train(mode)
     return Encoder(lambda texts: encode_texts(texts, model.text_encoder, tokenizer, config.context_length), see,
                    lambda text: text_notes(text, tokenizer, model.text_encoder, config.context_length), fingerprint(weights_fingerprint(model.image_encoder), weights_fingerprint(model.text_encoder)))
 
 # %% ../nbs/10b_search.ipynb #6508d88c
 def leading_first(caption_image, images):
-    "An order of the captions, `(M,)`: first one caption of each image, by image row, then the others."
+    "An order of the captions, `(M,)`: the first caption of each image, by image row, then the others, by image row too."
     owner = np.asarray(caption_image)
     order = np.argsort(owner, kind="stable")
-    leads = order[np.searchsorted(owner[order], np.arange(images))]
-    return np.concatenate([leads, np.setdiff1d(np.arange(len(owner)), leads)])
+    leads = np.searchsorted(owner[order], np.arange(images))
+    return np.concatenate([order[leads], np.delete(order, leads)])
 
 # %% ../nbs/10b_search.ipynb #f88400cd
 MANIFEST, FORMAT = "clip475_index.json", 1
@@ -188,8 +192,8 @@ class _Answered(_Asked):
 
     def captions_of(self, row):
         "The captions of image `row`, in their order when the index was built."
-        mine = np.flatnonzero(self._owner == row)
-        return self.table["caption"].iloc[mine[np.argsort(self.table["caption_row"].to_numpy()[mine])]].tolist()
+        start, stop = len(self) + np.searchsorted(self._owner[len(self):], [row, row + 1])
+        return [self.table["caption"].iloc[row], *self.table["caption"].iloc[start:stop]]
 
     @property
     def _owner(self): return self.table["image_row"].to_numpy()
@@ -205,9 +209,9 @@ class _Answered(_Asked):
         return Found(query, [self._item(i + 1, s, r, find) for i, (s, r) in enumerate(kept)], note, of_text)
 
     def _item(self, rank, score, row, find):
-        line = self.table.iloc[row]
-        item = {"rank": rank, "score": round(score, 4), "row": row, "image_id": int(line.image_id), "image_path": line.image_path}
-        return item | ({"captions": self.captions_of(row)} if find == "images" else {"caption": line.caption, "image_row": int(line.image_row)})
+        line = {name: self.table[name].iloc[row] for name in ("image_id", "image_path", "caption", "image_row")}
+        item = {"rank": rank, "score": round(score, 4), "row": row, "image_id": int(line["image_id"]), "image_path": line["image_path"]}
+        return item | ({"captions": self.captions_of(row)} if find == "images" else {"caption": line["caption"], "image_row": int(line["image_row"])})
 
     def _nearest(self, embedding, gallery, k, find):
         "Scores and rows `(k,)`, exact, ties by row; faiss proposes a few more than k, which are settled in the same way."

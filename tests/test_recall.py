@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from clip475.baselines import caption_means, compare_retrieval, fit_linear_map
+from clip475.baselines import caption_means, compare_retrieval, fit_linear_map, fold_recall
 from clip475.core import LabError
 from clip475.exact import cosine_blocks
-from clip475.retrieval import average_precision, bootstrap_interval, chance_recall, evaluate_retrieval, fold_recall, ranks, recall_at_k, retrieval_table, search
+from clip475.retrieval import average_precision, bootstrap_interval, chance_recall, evaluate_retrieval, ranks, recall_at_k, retrieval_table, search
 
 COCO_LIKE = torch.arange(30).repeat_interleave(5 + torch.arange(30) % 3)  # (180,) 5, 6 or 7 captions an image
 
