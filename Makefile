@@ -30,7 +30,7 @@ demo: $(VENV)/.installed
 
 test: dev
 	$(BIN)/nbdev_test --n_workers 2 --path nbs
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 dev: $(VENV)/.installed-dev
 

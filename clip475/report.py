@@ -146,6 +146,7 @@ def check_config(config):
     "Raise `LabError` for choices that cannot work together, before any work."
     with torch.device("meta"): build_backbone(config.backbone)
     check_loss(config)
+    load_tokenizer(config.text_model, config.text_revision)     # a tower that is not to be had is missed here, not after an hour of packing
     if config.train_images is not None and config.train_images < config.batch_size: raise LabError(f"batch_size is {config.batch_size} and train_images {config.train_images}, so no batch is full; make batch_size smaller")
     if config.val_images == 1: raise LabError("val_images is 1, and one image has no negatives; validate on at least 2")
 

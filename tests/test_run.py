@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from clip475.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("one_thread")     # as OMP_NUM_THREADS in the processes of their own: the same bits
 SMALL = ["--train", "256", "--val", "64", "--set", "epochs=3", "--set", "batch_size=32"]
 
 
@@ -18,7 +19,7 @@ SMALL = ["--train", "256", "--val", "64", "--set", "epochs=3", "--set", "batch_s
 def place(tmp_path_factory): return tmp_path_factory.mktemp("place")
 
 
-def environment(place): return os.environ | {"CLIP475_CACHE": str(place/"cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+def environment(place): return os.environ | {"CLIP475_CACHE": str(place/"cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def clip475(place, *argv):
@@ -123,7 +124,7 @@ def refused(place, *argv):
 def damaged(place, name, change):
     "A copy of the prepared scenes with one thing changed."
     root = place/name
-    shutil.copytree(next((place/"cache").glob("scenes-*")), root)
+    shutil.copytree(next((place/"cache").glob("scenes-v*-256+64-*")), root)
     file = root/"annotations"/"captions_train2014.json"
     if change is not None: file.write_text(change(json.loads(file.read_text())))
     return root
@@ -158,7 +159,7 @@ def test_an_empty_split_and_too_many_images(place, first):
     root = damaged(place, "empty", None)
     for p in (root/"val2014").iterdir(): p.unlink()
     assert "val2014" in refused(place, "train", "--data", root)[0]
-    message, _ = refused(place, "train", "--data", next((place/"cache").glob("scenes-*")), "--train", "999999")
+    message, _ = refused(place, "train", "--data", next((place/"cache").glob("scenes-v*-256+64-*")), "--train", "999999")
     assert "999999" in message and "256" in message
 
 
@@ -208,7 +209,7 @@ def test_the_report_keeps_what_it_knows_of_the_training(place, first):
 
 
 def test_a_third_split_that_chose_nothing(place, first):
-    results = ok(place, "train", "--train", "64", "--val", "32", "--test", "16", "--set", "epochs=1", "--set", "batch_size=32", "--run", "third", "--data", next((place/"cache").glob("scenes-v2-256*")))
+    results = ok(place, "train", "--train", "64", "--val", "32", "--test", "16", "--set", "epochs=1", "--set", "batch_size=32", "--run", "third", "--data", next((place/"cache").glob("scenes-v*-256+64-*")))
     ids = {name: s["ids"] for name, s in json.loads((place/"third"/"split.json").read_text())["splits"].items()}
     assert results["test"]["images"] == 16 and {k: len(v) for k, v in ids.items()} == {"train": 64, "val": 32, "test": 16}
     assert len(set(sum(ids.values(), []))) == 112 and "chose nothing" in (place/"third"/"report.md").read_text()
