@@ -108,13 +108,6 @@ with processes() as us: fit(config, *prepare_data(config, progress=False), "half
     assert load_file(place/"half"/"model.safetensors").keys() == load_file(place/"alone"/"model.safetensors").keys()
 
 
-def test_a_batch_that_does_not_divide_and_batchnorm_over_cpus_are_refused(place, alone):
-    done = run(place, *torchrun(place, 2, "-m", "clip475", "train", *SMALL, "--set", "batch_size=15", "--run-folder", "odd"), code=1)
-    assert "multiple of 2" in done.stderr and not (place/"odd"/"metrics.csv").exists()
-    done = run(place, *torchrun(place, 2, "-m", "clip475", "train", *SMALL, "--set", "sync_batchnorm=true", "--run-folder", "sync"), code=1)
-    assert "sync_batchnorm needs GPUs" in done.stderr
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
 def test_one_process_dies_and_the_run_ends_with_a_word(place, alone):
     "By itself: without torchrun's watchdog, the survivor must find out and say so."

@@ -96,7 +96,7 @@ def test_eval_and_search_use_what_was_trained(place, first):
 
 
 def test_progress_goes_to_stderr_and_the_result_to_stdout(place, first):
-    done = clip475(place, "eval", "--run", "first")
+    done = here(place, "eval", "--run", "first")
     assert done.returncode == 0 and "image→text" in done.stdout and "batch" not in done.stdout
 
 

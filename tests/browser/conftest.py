@@ -1,0 +1,125 @@
+"""One JupyterLab on loopback and one Chromium for all tests of this folder.
+
+Nothing of the user's own Jupyter is read or written, and both end with the tests. Pictures of what the browser
+showed lie in pytest's temporary folder, or in the folder that `BROWSER_SHOTS` names."""
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+
+
+def missing():
+    "What is not here, and how to get it; None if all is."
+    if CHROMIUM is None: return "there is no Chromium; install it (on Debian and Ubuntu: apt install chromium fonts-dejavu-core)"
+    for name in ("playwright", "jupyterlab", "ipywidgets"):
+        if importlib.util.find_spec(name) is None: return f"there is no {name}; pip install 'clip475[browser]'"
+
+
+def pytest_collection_modifyitems(items):
+    here = [item for item in items if Path(__file__).parent in item.path.parents]
+    if not missing(): return
+    for item in here: item.add_marker(pytest.mark.skip(reason=missing()))
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def stop(process):
+    "End a process group of ours, kernels included."
+    for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None: return
+        os.killpg(process.pid, how) if how != signal.SIGINT else process.terminate()
+        try: process.wait(8)
+        except subprocess.TimeoutExpired: continue
+
+
+def own_environment(home):
+    "Folders of their own for all that Jupyter and the lab keep."
+    places = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime", "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+              "IPYTHONDIR": "ipython", "CLIP475_CACHE": "cache", "HF_HOME": "hub"}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JUPYTER", "IN_TEST"))}
+    return env | {name: str(home/place) for name, place in places.items()} | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+
+
+@pytest.fixture(scope="session")
+def jupyterlab(tmp_path_factory):
+    "Address and folder of a JupyterLab that serves that folder."
+    home, work = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("work")
+    port, log = free_port(), open(home/"log.txt", "w")
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", f"--ServerApp.root_dir={work}", "--IdentityProvider.token=", "--ServerApp.password=", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.expose_app_in_browser=True"]
+    setting(home, "notebook-extension/tracker", windowingMode="none", recordTiming=False)     # all cells stay in the page
+    setting(home, "apputils-extension/notification", fetchNews="false", checkForUpdates=False)
+    process = subprocess.Popen(command, env=own_environment(home), cwd=work, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/api", process, home/"log.txt")
+        yield f"http://127.0.0.1:{port}", work
+    finally:
+        stop(process)
+        log.close()
+
+
+def setting(home, plugin, **values):
+    file = home/"settings"/"@jupyterlab"/f"{plugin}.jupyterlab-settings"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(values))
+
+
+def wait_for(address, process, log, seconds=60):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if process.poll() is not None: break
+        try: return urllib.request.urlopen(address, timeout=5).read()
+        except OSError: time.sleep(.2)
+    pytest.fail(f"JupyterLab did not start:\n{log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="session")
+def shots(tmp_path_factory):
+    folder = Path(os.environ.get("BROWSER_SHOTS") or tmp_path_factory.mktemp("shots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def page(jupyterlab, browser):
+    "13_explore, copied, open and run from top to bottom in JupyterLab."
+    address, work = jupyterlab
+    shutil.copy(ROOT/"nbs"/"13_explore.ipynb", work)
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(60_000)
+    page.add_locator_handler(page.get_by_text("Select Kernel"), lambda _: page.locator(".jp-Dialog .jp-mod-accept").click())
+    page.goto(f"{address}/lab/tree/13_explore.ipynb?reset")
+    page.get_by_text("| Idle").wait_for()
+    command(page, "notebook:run-all-cells")
+    page.get_by_text("| Idle").wait_for(timeout=180_000)
+    return page
+
+
+def command(page, name, **args):
+    "A command of JupyterLab, as its menus call it; waits until it is done."
+    page.evaluate("([name, args]) => jupyterapp.commands.execute(name, args)", [name, args])
