@@ -28,7 +28,7 @@ class LinearMap(NamedTuple):
 
     def __call__(self, features): return F.normalize((features.double() - self.mean) @ self.weight + self.bias, dim=-1).float()
 
-def fit_linear_map(features, targets, l2=1e-3):
+def fit_linear_map(features, targets, l2=.1):
     """Ridge regression in closed form from `features` `(N, F)` to `targets` `(N, D)`: the `LinearMap` (Hoerl and Kennard 1970).
 
     Both are centred. `l2` is in units of the features' mean variance, so that their scale does not matter. Float64."""

@@ -70,9 +70,9 @@ def _one_pass(pairs, query_labels, gallery_labels, block=None, back=None):
     precision, peaks = [], []
     right = (torch.searchsorted(held := gallery_labels.sort().values, query_labels, right=True) - torch.searchsorted(held, query_labels))  # (Q,)
     for rows, cols, scores in tiles(pairs, block):
-        ahead.add(rows, cols, scores)
-        if back: back.add(cols, rows, scores.T)
         peaks.append(peaks_of(scores))
+        ahead.add(rows, cols, scores, peaks[-1])
+        if back: back.add(cols, rows, scores.T)
         if cols.stop == len(gallery_labels):
             precision.append(_precision(pairs, query_labels, gallery_labels, rows, torch.cat(peaks, 1), ahead.count[rows], right[rows]))
             peaks.clear()
