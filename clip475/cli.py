@@ -173,8 +173,8 @@ def _fetched(config, args):
     from clip475.core import cache_dir
     from clip475.download import prepare_coco2014
     root = Path(args.root).expanduser().resolve() if args.root else cache_dir()/"coco2014"
-    fetched = prepare_coco2014(root, config)
-    return config.replace(data=str(root)), fetched
+    record = prepare_coco2014(root, config)
+    return config.replace(data=str(root)), {"fingerprint": record["fingerprint"], "replaced": len(record["bad"])}
 
 def _params(args):
     import torch

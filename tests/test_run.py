@@ -110,6 +110,19 @@ def test_prepare_names_its_folders_and_leaves_the_images_alone(place, first):
     assert sorted(p.relative_to(place/"mine") for p in (place/"mine").rglob("*")) == before
 
 
+def test_prepare_fetches_a_data_set_into_its_folder_and_fills_the_caches(place, first):
+    "The fetching itself is in test_download.py; here, what the verb makes of it."
+    asked = []
+    def fetch(root, config, **kwargs):
+        asked.append((Path(root), config))
+        shutil.copytree(next((place/"cache").glob("scenes-v*-256+64-*")), root)
+        return {"fingerprint": "f"*16, "bad": []}
+    with patch("clip475.download.prepare_coco2014", fetch): made = ok(place, "prepare", "--dataset", "coco2014", "--root", "coco", "--preset", "tiny", "--train", "200", "--val", "50", "--on-bad", "replace")
+    (root, config), = asked
+    assert root == place/"coco" == Path(made["data"]) and (config.train_images, config.val_images, config.on_bad) == (200, 50, "replace")
+    assert made["train"]["images"] == 200 and made["val"]["images"] == 50 and made["fetched"] == {"fingerprint": "f"*16, "replaced": 0}
+
+
 # ── bad input: one sentence, exit code 2, nothing left behind ──
 
 def refused(place, *argv):
