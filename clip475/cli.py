@@ -44,6 +44,14 @@ def _config_options(parser):
     group.add_argument("--seed", type=int, metavar="N", help="everything random follows from it")
     group.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of the configuration; may be repeated")
 
+def _search_options(parser):
+    parser.add_argument("query", nargs="?", help="what to look for, in quotes")
+    parser.add_argument("--image", metavar="FILE", help="look for pictures like this one instead")
+    parser.add_argument("--plus", action="append", default=[], metavar="TEXT", help="… but more like this; may be repeated")
+    parser.add_argument("--minus", action="append", default=[], metavar="TEXT", help="… and less like this")
+    parser.add_argument("--captions", action="store_true", help="find captions instead of pictures")
+    parser.add_argument("-k", type=int, default=5, metavar="N", help="how many (default: 5)")
+
 def _data_option(parser): parser.add_argument("--data", metavar="DIR", help="where the run's data lie now, if they have moved")
 
 def _fetch_options(parser):
@@ -60,6 +68,7 @@ _EXAMPLES = """examples:
   clip475 train --set epochs=10 --run runs/long
   clip475 train --resume --run runs/long    go on where it stopped
   clip475 search "a red boat"               in the newest run
+  clip475 search --image my.jpg --plus "at night"
   clip475 params --preset coco --json       the specification's parameter table
 """
 
@@ -75,7 +84,7 @@ def _verbs(commands):
     verb("prepare", "draw or read the data and fill the caches", _prepare, _config_options, _fetch_options)
     verb("train", "train, evaluate and report", _train, _config_options, new_run, lambda p: p.add_argument("--resume", action="store_true", help="go on with the run in --run (default: the newest)"))
     verb("eval", "evaluate a finished run again", _eval, last_run)
-    verb("search", "find the pictures nearest to a text", _search, lambda p: p.add_argument("query", help="what to look for, in quotes"), last_run, lambda p: p.add_argument("-k", type=int, default=5, metavar="N", help="how many (default: 5)"))
+    verb("search", "find the pictures nearest to a text or to a picture", _search, _search_options, last_run)
     verb("params", "count the parameters, trainable and frozen", _params, _config_options)
 
 # %% ../nbs/15_cli.ipynb #00715344
@@ -146,12 +155,13 @@ def _eval(args):
 
 # %% ../nbs/15_cli.ipynb #247fb295
 def _listing(search):
-    lines = [f"{f['rank']}. {f['score']:.3f}  {Path(f['file']).name}  {f['captions'][0]}" for f in search["results"]]
-    return "\n".join([f"“{search['query']}” finds:", *lines, f"picture: {search['figure']}"])
+    lines = [f"{f['rank']}. {f['score']:.3f}  {Path(f['file']).name}  {f.get('caption') or f['captions'][0]}" for f in search["results"]]
+    return "\n".join([f"“{search['query']}” finds:", *lines, *([f"note: {search['note']}"] if search["note"] else []), f"picture: {search['figure']}"])
 
 def _search(args):
     from clip475.report import search_run
-    found = search_run(args.query, Path(args.run) if args.run else newest_run(), args.k, data=args.data)
+    run, find = Path(args.run) if args.run else newest_run(), "captions" if args.captions else "images"
+    found = search_run(args.query, run, args.k, data=args.data, image=args.image, plus=args.plus, minus=args.minus, find=find)
     return found, _listing(found)
 
 # %% ../nbs/15_cli.ipynb #9693d7a3

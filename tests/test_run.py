@@ -95,6 +95,17 @@ def test_eval_and_search_use_what_was_trained(place, first):
     assert all(Path(f["file"]).is_file() and len(f["captions"]) == 5 for f in found["results"])
 
 
+def test_a_picture_asks_with_words_added(place, first):
+    mine = sorted((next((place/"cache").glob("scenes-v*-256+64-*"))/"val2014").iterdir())[5]
+    found = ok(place, "search", "--image", mine, "--run", "first", "-k", "2")
+    assert found["results"][0]["file"] == str(mine) and found["results"][0]["score"] > .99
+    said = ok(place, "search", "--image", mine, "--captions", "--run", "first", "-k", "3")["results"]
+    assert len(said) == 3 and all(isinstance(f["caption"], str) for f in said)
+    moved = ok(place, "search", "--image", mine, "--plus", "in the snow", "--minus", "at night", "--run", "first")
+    assert moved["results"] != found["results"] and "+in the snow" in moved["query"]
+    assert "never seen" in ok(place, "search", "a xylophone and a red boat", "--run", "first")["note"]
+
+
 def test_progress_goes_to_stderr_and_the_result_to_stdout(place, first):
     done = here(place, "eval", "--run", "first")
     assert done.returncode == 0 and "image→text" in done.stdout and "batch" not in done.stdout
@@ -181,7 +192,8 @@ def test_an_empty_split_and_too_many_images(place, first):
     (["train", "--resume", "--run", "first", "--seed", "7"], "seed"), (["train", "--resume", "--run", "first", "--preset", "coco"], "--preset"), (["train", "--run", "first/config.json"], "a file"),
     (["train", "--run", "first/config.json/deeper"], "nothing can be written"), (["train", "--set", "preset=coco"], "--preset coco"), (["train", "--seed", str(2**64)], "seed"), (["train", "--val", "1"], "val_images"),
     (["train", "--set", "loss=multi-positive", "--set", "label_smoothing=2"], "label_smoothing"), (["prepare", "--root", "x"], "--dataset"), (["eval", "--run", "never"], "never"), (["search", "a dog", "--run", "first", "-k", "65"], "65"),
-    (["search", " ", "--run", "first"], "empty"), (["train", "--set", "speed=9"], "speed"), (["train", "--set", "epochs=none"], "epochs"), (["train", "--set", "nothing"], "FIELD=VALUE"),
+    (["search", " ", "--run", "first"], "empty"), (["search", "--run", "first"], "empty"), (["search", "a", "--image", "x.jpg", "--run", "first"], "give one of them"), (["search", "a", "--plus", "b", "--run", "first"], "--image"),
+    (["search", "--image", "first/report.md", "--run", "first"], "report.md"), (["train", "--set", "speed=9"], "speed"), (["train", "--set", "epochs=none"], "epochs"), (["train", "--set", "nothing"], "FIELD=VALUE"),
     (["train", "--config", "none.json"], "none.json"), (["train", "--set", "text_model=someone/clip"], "revision"), (["train", "--set", "backbone=vgg"], "resnet18"),
     (["train", "--set", "batch_size=1000", "--train", "256", "--val", "64"], "batch_size"), (["fly"], "demo"), ([], "VERB")])
 def test_mistakes_on_the_command_line(place, first, argv, says):
