@@ -15,11 +15,12 @@ INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 export HF_HUB_OFFLINE = 1
 export MPLBACKEND = agg
 
-.PHONY: help demo test dev export readme clean
+.PHONY: help demo test browser-test dev export readme clean
 .NOTPARALLEL:
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
+	@echo "make browser-test  drives the panels in JupyterLab in a real Chromium, if there is one"
 	@echo "make dev       makes .venv with the tools and runs nothing"
 	@echo "make export    writes clip475/ from nbs/ and cleans the notebooks"
 	@echo "make readme    writes README.md from nbs/index.ipynb"
@@ -30,7 +31,10 @@ demo: $(VENV)/.installed
 
 test: dev
 	$(BIN)/nbdev_test --n_workers 2 --path nbs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/browser --numprocesses 2 --dist loadfile $(ARGS)
+
+browser-test: dev
+	$(BIN)/python -m pytest -rs tests/browser $(ARGS)
 
 dev: $(VENV)/.installed-dev
 

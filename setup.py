@@ -30,7 +30,7 @@ setup(
     license_files=["LICENSE", "clip475/builtin_text/LICENSE.openai-clip"],
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
-    extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "faiss")},
+    extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "faiss", "browser")},
     packages=[settings["lib_path"]],
     package_data={settings["lib_path"]: ["builtin_text/*"]},
     entry_points={"console_scripts": settings["console_scripts"].split()},
