@@ -272,7 +272,7 @@ def _told(found, name, run):
     "What a search found, as plain data, and the picture of it that was saved in `run`."
     items = [{"rank": f["rank"], "score": f["score"], "image_id": f["image_id"], "file": f["image_path"]} | {k: f[k] for k in ("captions", "caption") if k in f} for f in found]
     shown = replace(found, items=found.items[:20])     # a picture of more would be unreadable
-    save_figure(plot_gallery([shown.gallery_row()]), path := Path(run)/"figures"/_file_name(name))
+    save_figure(plot_gallery([shown.gallery_row()], title=None if found.of_text else name), path := Path(run)/"figures"/_file_name(name))
     return {"query": name, "run": str(run), "results": items, "note": found.note, "figure": str(path)}
 
 def _file_name(query):

@@ -242,6 +242,13 @@ def _summary(state, config, steps):
     return {"epoch": state.epoch + 1, "step": state.step, "train_loss": sum(r["loss"] for r in rows)/steps, "learning_rate": rows[-1]["learning_rate"], "temperature": rows[-1]["temperature"],
             "gradient_norm": sum(norms)/steps, "clipped_steps": clipped, "images_per_second": steps*config.batch_size/state.seconds, "train_seconds": state.seconds}
 
+def _shown(state, config, steps):
+    "What the progress bar says beside the time left: loss, pace, and the last recall where it is measured."
+    done = (state.step - 1) % steps + 1
+    pace = {"images/s": f"{done*config.batch_size/state.seconds:.0f}"} if state.seconds else {}
+    recall = {"R@1": f"{state.metrics[-1]['t2i_R@1']:.1%}"} if state.metrics and "t2i_R@1" in state.metrics[-1] else {}
+    return {"loss": f"{state.log[-1]['loss']:.3f}"} | pace | recall
+
 # %% ../nbs/09_train.ipynb #cf4af4f4
 def train_epoch(state, train, config, progress=True, after_step=lambda state: None):
     """One pass over the training images, from where `state.step` stands in it. Returns its row of metrics; the caller appends it.
@@ -257,7 +264,7 @@ def train_epoch(state, train, config, progress=True, after_step=lambda state: No
         state.step += 1
         if state.step % 10 == 0 or state.step % steps == 0:
             read_waiting(state, config, total)
-            bar.set_postfix(loss=f"{state.log[-1]['loss']:.3f}")
+            bar.set_postfix(_shown(state, config, steps))
         state.seconds += perf_counter() - began
         after_step(state)
         began = perf_counter()
