@@ -102,13 +102,16 @@ def figure_html(figure, alt): return f'<img src="{_uri(figure_png(figure), "png"
 # %% ../nbs/13_explore.ipynb #b0f5b354
 @dataclass(eq=False, repr=False)
 class Panel:
-    "A live widget `view`, its controls and outputs by name in `parts`, and `still()`, a figure of the same for where no kernel runs."
+    "A live widget `view` (CSS class clip475-`name`), its controls and outputs by name in `parts`, and `still()`, a figure of the same for where no kernel runs."
+    name: str
     view: widgets.Widget
     parts: SimpleNamespace
     still: Callable
 
+    def __post_init__(self): self.view.add_class(f"clip475-{self.name}")
+
     def _repr_mimebundle_(self, include=None, exclude=None):
-        still = {"image/png": b64encode(figure_png(self.still())).decode(), "text/plain": f"Panel: {', '.join(vars(self.parts))}"}
+        still = {"image/png": b64encode(figure_png(self.still())).decode(), "text/plain": f"Panel {self.name}: {', '.join(vars(self.parts))}"}
         if os.environ.get("IN_TEST"): return still                             # run by a tool: a view would only dangle in the saved notebook
         return still | {"application/vnd.jupyter.widget-view+json": {"version_major": 2, "version_minor": 0, "model_id": self.view.model_id}}
 
@@ -120,13 +123,13 @@ def listen(controls, refresh):
 
 def in_rows(controls): return widgets.HBox(list(controls), layout=widgets.Layout(flex_flow="row wrap"))
 
-def panel(controls, make, still):
+def panel(name, controls, make, still):
     "A `Panel` of `controls` (name → widget) and one output, which shows the HTML of `make()`, anew after every change."
     output = widgets.HTML()
     refresh = lambda: attempt(output, make)
     listen(controls.values(), refresh)
     refresh()
-    return Panel(widgets.VBox([in_rows(controls.values()), output]), SimpleNamespace(**controls, output=output), still)
+    return Panel(name, widgets.VBox([in_rows(controls.values()), output]), SimpleNamespace(**controls, output=output), still)
 
 # %% ../nbs/13_explore.ipynb #936bb221
 def ask(index, query, k):
@@ -183,7 +186,7 @@ def search_panel(lab, query="a red car", k=6):
     listen([file], lambda: uploaded(file.value) is not None and search(uploaded(file.value)))
     search(query)
     parts = SimpleNamespace(text=text, count=count, go=go, file=file, said=said, grid=grid, cards=cards)
-    return Panel(widgets.VBox([in_rows([text, go, count, file]), said, grid]), parts, lambda: plot_gallery([now.found.gallery_row()]))
+    return Panel("search", widgets.VBox([in_rows([text, go, count, file]), said, grid]), parts, lambda: plot_gallery([now.found.gallery_row()]))
 
 # %% ../nbs/13_explore.ipynb #9f59136d
 def classes_in(text):
@@ -229,7 +232,7 @@ def zeroshot_panel(lab, classes="a person\nan animal\na vehicle\nan object", row
     slider.observe(lambda c: setattr(now, "picture", c.new), "value")           # before the panel listens
     file.observe(lambda c: setattr(now, "picture", now.picture if uploaded(c.new) is None else uploaded(c.new)), "value")
     still = lambda: beside(picture_of(now.picture) if isinstance(now.picture, bytes) else lab.val.pixels[now.picture], guess(lab, now.picture, classes_in(words.value))[0])
-    return panel({"picture": slider, "file": file, "classes": words}, lambda: guess_html(lab, now.picture, classes_in(words.value)), still)
+    return panel("zeroshot", {"picture": slider, "file": file, "classes": words}, lambda: guess_html(lab, now.picture, classes_in(words.value)), still)
 
 # %% ../nbs/13_explore.ipynb #30870c39
 ROLES = (("start mark", PALETTE["sky"], "#111"), ("word", PALETTE["blue"], "#fff"), ("end mark, read by CLIP", PALETTE["orange"], "#111"))
@@ -251,7 +254,7 @@ def tokens_html(text, tokenizer, tower, context_length=77):
 def token_panel(lab, text="two white dogs in the snow"):
     "A text and its tokens, as they change while one types."
     box = widgets.Text(text, description="text", layout=widgets.Layout(width="480px"))
-    return panel({"text": box}, lambda: tokens_html(box.value, lab.tokenizer, lab.model.text_encoder, lab.config.context_length), lambda: plot_tokens([box.value], lab.tokenizer, padding="longest"))
+    return panel("tokens", {"text": box}, lambda: tokens_html(box.value, lab.tokenizer, lab.model.text_encoder, lab.config.context_length), lambda: plot_tokens([box.value], lab.tokenizer, padding="longest"))
 
 # %% ../nbs/13_explore.ipynb #322a6295
 def softmax_row(cosines, tau):
@@ -282,7 +285,7 @@ def temperature_panel(lab, row=0):
         captions, cosines = caption_row(lab, slider.value)
         shares = [(c if len(c) < 50 else c[:48] + "…", p) for c, p in zip(captions, softmax_row(cosines, tau.value)[0].tolist())]
         return beside(lab.val.pixels[slider.value], shares, colour=["green"] + ["blue"]*(len(shares) - 1), title=f"τ = {tau.value:.3g}")
-    return panel({"tau": tau, "picture": slider}, lambda: temperature_html(lab, slider.value, tau.value), still)
+    return panel("temperature", {"tau": tau, "picture": slider}, lambda: temperature_html(lab, slider.value, tau.value), still)
 
 # %% ../nbs/13_explore.ipynb #cda93b0b
 def freezing_html(model, name, batchnorm="train", n=3):
@@ -298,7 +301,7 @@ def freezing_panel(lab, policy="spec"):
     def make():
         n.disabled = name.value != "last-n"
         return freezing_html(model, name.value, norms.value, n.value)
-    return panel({"policy": name, "batchnorm": norms, "n": n}, make, lambda: plot_parameters(model))
+    return panel("freezing", {"policy": name, "batchnorm": norms, "n": n}, make, lambda: plot_parameters(model))
 
 # %% ../nbs/13_explore.ipynb #9de68085
 KINDS = ("crop", "flip", "jitter")
@@ -314,7 +317,7 @@ def augmentation_panel(lab, row=0):
     chosen = lambda: [kind for kind, tick in ticks.items() if tick.value]
     figure = lambda: augmentation_figure(lab, slider.value, chosen(), seed.value)
     make = lambda: sheet(figure_html(figure(), f"picture {slider.value} and five versions of it") + f"<br>augment = {'+'.join(chosen()) or 'none'}")
-    return panel({**ticks, "seed": seed, "picture": slider}, make, figure)
+    return panel("augmentation", {**ticks, "seed": seed, "picture": slider}, make, figure)
 
 # %% ../nbs/13_explore.ipynb #a069a6f7
 def map_points(lab, count=60, method="pca"):
@@ -339,7 +342,7 @@ def map_figure(points, word=""):
 # %% ../nbs/13_explore.ipynb #cf4ecadf
 _MAP_STYLE = """<style>.clip475-tip{visibility:hidden}.clip475-point{outline:none;cursor:pointer}
 .clip475-point:hover,.clip475-point:focus{stroke:#111;stroke-width:3}.clip475-point:hover+.clip475-tip,.clip475-point:focus+.clip475-tip{visibility:visible}
-.clip475-map:has(.clip475-point:hover) .clip475-point:focus:not(:hover)+.clip475-tip{visibility:hidden}</style>"""
+.clip475-points:has(.clip475-point:hover) .clip475-point:focus:not(:hover)+.clip475-tip{visibility:hidden}</style>"""
 
 def _shape(kind, x, y, ringed):
     style = f'class="clip475-point" tabindex="0" stroke="#111" stroke-width="{2.5 if ringed else 0}"'
@@ -359,7 +362,7 @@ def map_svg(lab, points, word=""):
     def drawn(p):
         begin, end = _shape(p.kind, p.x, p.y, p.ringed)
         return f"{begin}<title>{p.kind}: {html.escape(p.caption)}</title>{end}{_tip(lab, p)}"
-    return f'<svg class="clip475-map" viewBox="0 0 640 320" width="640" role="group" aria-label="map of pictures and captions" font-family="sans-serif">{_MAP_STYLE}<rect x="1" y="1" width="424" height="318" fill="none" stroke="{QUIET}"/>' + "".join(map(drawn, placed.itertuples())) + "</svg>"
+    return f'<svg class="clip475-points" viewBox="0 0 640 320" width="640" role="group" aria-label="map of pictures and captions" font-family="sans-serif">{_MAP_STYLE}<rect x="1" y="1" width="424" height="318" fill="none" stroke="{QUIET}"/>' + "".join(map(drawn, placed.itertuples())) + "</svg>"
 
 def map_html(lab, count=60, word="", method="pca"):
     "The map, and what its signs mean."
@@ -373,4 +376,4 @@ def map_panel(lab, count=60, word=""):
     slider = widgets.IntSlider(min(count, len(lab.index)), 3, min(200, len(lab.index)), description="pictures", continuous_update=False)
     text = widgets.Text(word, description="find", continuous_update=False)
     method = widgets.Dropdown(options=["pca", "tsne", "umap"], description="map")
-    return panel({"count": slider, "method": method, "find": text}, lambda: map_html(lab, slider.value, text.value, method.value), lambda: map_figure(map_points(lab, slider.value, method.value), text.value))
+    return panel("map", {"count": slider, "method": method, "find": text}, lambda: map_html(lab, slider.value, text.value, method.value), lambda: map_figure(map_points(lab, slider.value, method.value), text.value))

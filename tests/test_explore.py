@@ -2,6 +2,7 @@
 import json
 import math
 import re
+from datetime import datetime
 from io import BytesIO
 from pathlib import Path
 
@@ -38,10 +39,10 @@ def png(width=9, height=9, mode="RGB"):
     return data.getvalue()
 
 
-def upload(data, name="own.png"):
-    "The value of a FileUpload in the version that is installed."
-    if int(widgets.__version__.split(".")[0]) < 8: return {name: {"metadata": {"name": name}, "content": data}}
-    return ({"name": name, "type": "image/png", "size": len(data), "content": memoryview(data), "last_modified": __import__("datetime").datetime.now()},)
+def upload(file, data, name="own.png"):
+    "What a browser does to a FileUpload, in the version of ipywidgets that is installed."
+    if int(widgets.__version__.split(".")[0]) < 8: file.metadata, file.data, file._counter = [{"name": name}], [data], file._counter + 1
+    else: file.value = ({"name": name, "type": "image/png", "size": len(data), "content": memoryview(data), "last_modified": datetime.now()},)
 
 
 def alert(output): return "role=alert" in output.value
@@ -77,7 +78,7 @@ def test_search_by_words_by_an_answer_and_by_an_upload(lab):
     parts.cards[1].button.click()
     assert clicked not in [card.item["row"] for card in parts.cards[:4]]
     assert parts.grid.children == kept                                # the same buttons: the keyboard's focus stays
-    parts.file.value = upload(Path(lab.index.path(3)).read_bytes())
+    upload(parts.file, Path(lab.index.path(3)).read_bytes())
     assert parts.cards[0].item["row"] == 3 and "<img" in parts.said.value
     parts.text.value = "a blue boat"
     assert "a blue boat" in parts.said.value and "<img" not in parts.said.value
@@ -104,22 +105,22 @@ def test_more_answers_than_pictures(lab):
 def test_an_upload_that_is_no_picture(lab, data):
     searching, sorting = explore.search_panel(lab).parts, explore.zeroshot_panel(lab).parts
     for parts, output in ((searching, searching.said), (sorting, sorting.output)):
-        parts.file.value = upload(data)
+        upload(parts.file, data)
         assert alert(output) and "upload a JPEG" in output.value
 
 
 def test_uploads_of_odd_sizes(lab):
     parts = explore.search_panel(lab).parts
-    parts.file.value = upload(png(1, 1))
+    upload(parts.file, png(1, 1))
     assert "too few to show anything" in parts.said.value and parts.grid.children
-    parts.file.value = upload(png(20_000, 20_000, "1"))
+    upload(parts.file, png(20_000, 20_000, "1"))
     assert alert(parts.said) and len(parts.said.value) < 1000
 
 
 def test_the_picture_of_the_slider_and_the_upload(lab):
     parts = explore.zeroshot_panel(lab).parts
     first = parts.output.value
-    parts.file.value = upload(png(40, 30))
+    upload(parts.file, png(40, 30))
     own = parts.output.value
     parts.picture.value = 5
     assert len({first, own, parts.output.value}) == 3

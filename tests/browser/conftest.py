@@ -112,7 +112,7 @@ def page(jupyterlab, browser):
     shutil.copy(ROOT/"nbs"/"13_explore.ipynb", work)
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.set_default_timeout(60_000)
-    page.add_locator_handler(page.get_by_text("Select Kernel"), lambda _: page.locator(".jp-Dialog .jp-mod-accept").click())
+    page.add_locator_handler(page.get_by_text("Select Kernel", exact=True), lambda _: page.locator(".jp-Dialog .jp-mod-accept").click())
     page.goto(f"{address}/lab/tree/13_explore.ipynb?reset")
     page.get_by_text("| Idle").wait_for()
     command(page, "notebook:run-all-cells")
