@@ -1,4 +1,4 @@
-"The panels of 13_explore without a browser: plain functions, every error said in the panel, ipywidgets 7 and 8."
+"The panels of 13_explore and 13b_knobs without a browser: plain functions, every error said in the panel, ipywidgets 7 and 8."
 import json
 import math
 import re
@@ -16,9 +16,9 @@ from clip475.model import build_model
 from clip475.train import prepare_data
 
 widgets = pytest.importorskip("ipywidgets")
-from clip475 import explore                                           # noqa: E402
+from clip475 import explore, knobs                                    # noqa: E402
 
-NOTEBOOK = Path(__file__).parents[1]/"nbs"/"13_explore.ipynb"
+NOTEBOOKS = sorted((Path(__file__).parents[1]/"nbs").glob("13*.ipynb"))
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -48,7 +48,7 @@ def upload(file, data, name="own.png"):
 def alert(output): return "role=alert" in output.value
 
 
-PANELS = [getattr(explore, f"{name}_panel") for name in ("search", "zeroshot", "token", "temperature", "freezing", "augmentation", "map")]
+PANELS = [explore.search_panel, explore.zeroshot_panel, knobs.token_panel, knobs.temperature_panel, knobs.freezing_panel, knobs.augmentation_panel, knobs.map_panel]
 
 
 @pytest.mark.parametrize("make", PANELS, ids=lambda make: make.__name__)
@@ -136,48 +136,48 @@ def test_what_is_odd_about_classes_is_said(lab, classes, said):
 
 
 def test_tokens_of_odd_texts(lab):
-    parts = explore.token_panel(lab).parts
+    parts = knobs.token_panel(lab).parts
     for text, said in (("", "2 tokens"), ("boat " * 500, "cut off"), ("🙂", "knows no part"), ("<b>", "&lt;"), ("dog", "3 tokens")):
         parts.text.value = text
         assert said in parts.output.value and not alert(parts.output)
 
 
 def test_temperature_sharpens_and_keeps_the_order(lab):
-    captions, cosines = explore.caption_row(lab, 19)                  # the row wraps around at the end
+    captions, cosines = knobs.caption_row(lab, 19)                  # the row wraps around at the end
     assert captions[0] == lab.index.captions_of(19)[0] and len(captions) == 8
-    alike = [explore.softmax_row(cosines, tau)[1] for tau in (.01, .1, 1, 10)]
+    alike = [knobs.softmax_row(cosines, tau)[1] for tau in (.01, .1, 1, 10)]
     assert alike == sorted(alike) and 1 <= alike[0] and alike[-1] <= 8
-    with pytest.raises(LabError, match="above 0"): explore.softmax_row(cosines, float("nan"))
+    with pytest.raises(LabError, match="above 0"): knobs.softmax_row(cosines, float("nan"))
 
 
 def test_freezing_is_tried_on_a_copy(lab):
     before = [p.requires_grad for p in lab.model.parameters()]
-    parts = explore.freezing_panel(lab).parts
+    parts = knobs.freezing_panel(lab).parts
     assert parts.n.disabled
     seen = set()
-    for policy in explore.POLICIES:
+    for policy in knobs.POLICIES:
         parts.policy.value = policy
         seen.add(parts.output.value)
         assert not alert(parts.output)
-    assert len(seen) == len(explore.POLICIES)
+    assert len(seen) == len(knobs.POLICIES)
     parts.policy.value, parts.n.value = "last-n", 0
     assert not parts.n.disabled and alert(parts.output) and "whole number from 1" in parts.output.value
     assert [p.requires_grad for p in lab.model.parameters()] == before
 
 
 def test_augmentation_by_seed_and_kind(lab):
-    parts = explore.augmentation_panel(lab).parts
+    parts = knobs.augmentation_panel(lab).parts
     drawn = parts.output.value
-    for kind in explore.KINDS: getattr(parts, kind).value = False
+    for kind in knobs.KINDS: getattr(parts, kind).value = False
     assert "augment = none" in parts.output.value
-    for kind in explore.KINDS: getattr(parts, kind).value = True
+    for kind in knobs.KINDS: getattr(parts, kind).value = True
     assert parts.output.value == drawn
     parts.seed.value = 3
     assert parts.output.value != drawn
 
 
 def test_a_map_that_a_keyboard_can_walk(lab):
-    parts = explore.map_panel(lab, 10).parts
+    parts = knobs.map_panel(lab, 10).parts
     assert parts.output.value.count('tabindex="0"') == parts.output.value.count("<title>") == 20
     parts.find.value = "a"
     assert "20 of 20 points say" in parts.output.value
@@ -188,8 +188,8 @@ def test_a_map_that_a_keyboard_can_walk(lab):
 
 
 def test_what_is_no_lab_error_is_named_too(lab, monkeypatch):
-    monkeypatch.setattr(explore, "map_points", lambda *_: 1/0)
-    assert "ZeroDivisionError" in explore.map_panel(lab).parts.output.value
+    monkeypatch.setattr(knobs, "map_points", lambda *_: 1/0)
+    assert "ZeroDivisionError" in knobs.map_panel(lab).parts.output.value
 
 
 def test_a_run_opens_as_a_lab(lab, tmp_path, monkeypatch):
@@ -198,9 +198,9 @@ def test_a_run_opens_as_a_lab(lab, tmp_path, monkeypatch):
     np.testing.assert_allclose(again.index.image_embeddings, lab.index.image_embeddings, atol=1e-5)
 
 
-def test_the_notebook_keeps_stills_and_no_widgets():
-    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
-    outputs = [o.get("data", {}) for cell in notebook["cells"] for o in cell.get("outputs", [])]
-    assert "widgets" not in notebook["metadata"]
-    assert not any("application/vnd.jupyter.widget-view+json" in data for data in outputs), "made with IN_TEST=1, the notebook keeps the stills alone"
+def test_the_notebooks_keep_stills_and_no_widgets():
+    notebooks = [json.loads(file.read_text(encoding="utf-8")) for file in NOTEBOOKS]
+    outputs = [o.get("data", {}) for notebook in notebooks for cell in notebook["cells"] for o in cell.get("outputs", [])]
+    assert not any("widgets" in notebook["metadata"] for notebook in notebooks)
+    assert not any("application/vnd.jupyter.widget-view+json" in data for data in outputs), "run with IN_TEST=1, a notebook keeps the stills alone"
     assert sum("image/png" in data for data in outputs) == len(PANELS)

@@ -105,21 +105,25 @@ def shots(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def page(jupyterlab, browser):
-    "13_explore, copied, open and run from top to bottom in JupyterLab."
-    address, work = jupyterlab
-    shutil.copy(ROOT/"nbs"/"13_explore.ipynb", work)
-    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+NOTEBOOKS = ("13_explore", "13b_knobs")
+
+
+def open_notebook(context, address, name):
+    page = context.new_page()
     page.set_default_timeout(60_000)
     page.add_locator_handler(page.get_by_text("Select Kernel", exact=True), lambda _: page.locator(".jp-Dialog .jp-mod-accept").click())
-    page.goto(f"{address}/lab/tree/13_explore.ipynb?reset")
+    page.goto(f"{address}/lab/workspaces/{name}/tree/{name}.ipynb")
     page.get_by_text("| Idle").wait_for()
-    command(page, "notebook:run-all-cells")
-    page.get_by_text("| Idle").wait_for(timeout=180_000)
     return page
 
 
-def command(page, name, **args):
-    "A command of JupyterLab, as its menus call it; waits until it is done."
-    page.evaluate("([name, args]) => jupyterapp.commands.execute(name, args)", [name, args])
+@pytest.fixture(scope="session")
+def pages(jupyterlab, browser):
+    "The notebooks' name → page: copied, open, and run from top to bottom in JupyterLab."
+    address, work = jupyterlab
+    context = browser.new_context(viewport={"width": 1400, "height": 1000})
+    for name in NOTEBOOKS: shutil.copy(ROOT/"nbs"/f"{name}.ipynb", work)
+    pages = {name: open_notebook(context, address, name) for name in NOTEBOOKS}
+    for page in pages.values(): page.evaluate("{ window.ran = null; jupyterapp.commands.execute('notebook:run-all-cells').then(() => ran = true) }")
+    for page in pages.values(): page.wait_for_function("ran", timeout=240_000)
+    return pages

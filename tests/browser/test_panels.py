@@ -1,4 +1,4 @@
-"Each panel of 13_explore, driven as a person does it, in real JupyterLab in real Chromium."
+"Each panel of 13_explore and 13b_knobs, driven as a person does it, in real JupyterLab in real Chromium."
 import re
 
 import pytest
@@ -9,15 +9,25 @@ expect = playwright.expect
 expect.set_options(timeout=20_000)
 
 
-@pytest.fixture
-def panel(page, shots, request):
-    "The panel that the test is named after; its picture is kept at the end."
-    name = request.node.name.split("_")[1]
-    found = page.locator(f".jp-OutputArea-output .clip475-{name}")
+NOTEBOOKS = {"search": "13_explore", "zeroshot": "13_explore"}        # the others are in 13b_knobs
+NAMES = ("search", "zeroshot", "tokens", "temperature", "freezing", "augmentation", "map")
+
+
+def panel_in(pages, name):
+    found = pages[NOTEBOOKS.get(name, "13b_knobs")].locator(f".jp-OutputArea-output .clip475-{name}")
     expect(found).to_be_visible()
     found.scroll_into_view_if_needed()
+    return found
+
+
+@pytest.fixture
+def panel(pages, shots, request):
+    "The panel that the test is named after; its picture is kept at the end."
+    name = request.node.name.split("_")[1]
+    found = panel_in(pages, name)
+    found.page.bring_to_front()
     yield found
-    found.screenshot(path=shots/f"{name}.png")
+    found.screenshot(path=shots/f"{request.node.name.removeprefix('test_')}.png")
 
 
 def field(panel, label): return panel.get_by_label(label, exact=True)
@@ -38,10 +48,12 @@ def slide(panel, label, keys):
     for key in keys: panel.page.keyboard.press(key)
 
 
-def test_notebook_runs_without_an_error(page, shots):
-    assert page.locator("[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']").count() == 0
-    assert page.get_by_text("Error displaying widget").count() == 0
-    page.screenshot(path=shots/"notebook.png")
+def test_the_notebooks_run_without_an_error(pages, shots):
+    for name, page in pages.items():
+        page.bring_to_front()
+        assert page.locator("[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']").all_inner_texts() == []
+        assert page.get_by_text("Error displaying widget").count() == 0
+        page.screenshot(path=shots/f"{name}.png")
 
 
 def test_search_by_words_by_click_and_by_upload(panel, tmp_path):
@@ -183,19 +195,17 @@ def test_map_by_mouse_and_by_keyboard(panel):
     points.nth(10).focus()
 
 
-NAMES = ("search", "zeroshot", "tokens", "temperature", "freezing", "augmentation", "map")
-
-
-def test_the_dark_theme_can_be_read(page, shots):
+def test_the_dark_theme_can_be_read(pages, shots):
     "Each sheet keeps dark ink on light paper, and labels take the theme's own colours."
-    page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
-    expect(page.locator("body")).to_have_attribute("data-jp-theme-light", "false")
+    for page in pages.values():
+        page.bring_to_front()
+        page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+        expect(page.locator("body")).to_have_attribute("data-jp-theme-light", "false")
     for name in NAMES:
-        panel = page.locator(f".jp-OutputArea-output .clip475-{name}")
-        panel.scroll_into_view_if_needed()
-        pale = panel.evaluate(PALE)
-        assert not pale, f"{name}: {pale}"
+        panel = panel_in(pages, name)
+        panel.page.bring_to_front()
         panel.screenshot(path=shots/f"{name}-dark.png")
+        assert panel.evaluate(PALE) == [], name
 
 
 # The texts of an element whose ink on the paper below has a contrast under WCAG's 4.5.
