@@ -10,8 +10,7 @@ __all__ = ['keep_embeddings', 'project', 'spread_out', 'plot_map', 'gap_vector',
 # %% ../nbs/12_embeddings.ipynb #a6f289f8
 import importlib.util, math
 
-import matplotlib.pyplot as plt, numpy as np, torch
-import torch.nn.functional as F
+import matplotlib.pyplot as plt, numpy as np, torch, torch.nn.functional as F
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.special import hyp0f1
