@@ -41,12 +41,11 @@ def free_port():
 
 
 def stop(process):
-    "End a process group of ours, kernels included."
-    for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None: return
-        os.killpg(process.pid, how) if how != signal.SIGINT else process.terminate()
-        try: process.wait(8)
-        except subprocess.TimeoutExpired: continue
+    "End the server, which ends its kernels; one that does not listen is killed, and the kernels notice."
+    process.terminate()
+    try: process.wait(10)
+    except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def own_environment(home):

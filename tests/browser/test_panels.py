@@ -216,6 +216,6 @@ PALE = """panel => {
     const below = n => n.parentElement && (paper(n)[3] ?? 1) === 0 ? below(n.parentElement) : n
     const contrast = e => { const [a, b] = [rgba(getComputedStyle(e).color), paper(below(e))].map(light).sort((x, y) => y - x); return (a + .05)/(b + .05) }
     const said = e => [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.data.trim()).join("")
-    const words = e => /[\\p{L}\\d]/u.test(said(e)) && e.getClientRects().length && !e.disabled && !e.closest("svg, style")
-    return [...panel.querySelectorAll("*")].filter(e => words(e) && contrast(e) < 4.5).map(e => `${said(e)}: ${contrast(e).toFixed(1)}`)
+    const words = e => /[\\p{L}\\d]/u.test(said(e)) && e.getClientRects().length && !e.disabled
+    return [...panel.querySelectorAll(":not(svg, svg *, style)")].filter(e => words(e) && contrast(e) < 4.5).map(e => `${said(e)}: ${contrast(e).toFixed(1)}`)
 }"""
