@@ -114,7 +114,7 @@ def plot_map(image_points, text_points=None, groups=None, text_groups=None, pict
     for what, points, labels in (("images", image_points, groups), ("texts", texts, text_groups)):
         if len(points) != len(labels): raise LabError(f"there are {len(points)} {what} on the map and {len(labels)} groups; give one for each")
     names, alone = sorted(set(groups)), ax is None
-    if alone: ax = plt.subplots(figsize=(7.5, 5.6), layout="constrained")[1]
+    if alone: ax = plt.subplots(figsize=(6.6, 4.9), layout="constrained")[1]
     _scatter(ax, texts, text_groups, names, True)
     _scatter(ax, np.asarray(image_points), groups, names, False)
     for row in spread_out(image_points, shown) if pictures is not None else (): _pin(ax, pictures[row], image_points[row], _style_of(names, groups[row])[0], inches)
@@ -249,7 +249,7 @@ def project_stages(stages, reference=-1, groups=None):
 
 def plot_strip(maps, groups, text_groups, titles, axis="PCA"):
     "Small maps side by side on the same axes, from `project_stages`."
-    fig, axes = plt.subplots(1, len(maps), figsize=(2.2*len(maps), 2.9), sharex=True, sharey=True, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(1, len(maps), figsize=(1.8*len(maps), 2.5), sharex=True, sharey=True, layout="constrained", squeeze=False)
     for ax, points, title in zip(axes[0], maps, titles): plot_map(*points, groups, text_groups, ax=ax, axis=axis, title=title)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(set(groups)) + 1, frameon=False, fontsize=8)
     return fig
