@@ -10,11 +10,12 @@ import torch
 
 from clip475.core import LabConfig
 from clip475.model import load_model
+from clip475.probes import scene_probes
 from clip475.report import run_lab
 from clip475.scenes import GROUP_OF, GROUP_WORDS, GROUPS, KINDS, VAL_START, make_scene
 from clip475.text import load_tokenizer
 from clip475.train import embed_images
-from clip475.zeroshot import TEMPLATES, alone, calibration, class_embeddings, classify, confusion_matrix, draw_scenes, mean_interval, per_class_recall, scene_probes
+from clip475.zeroshot import TEMPLATES, alone, calibration, class_embeddings, classify, confusion_matrix, draw_scenes, mean_interval, per_class_recall
 
 
 def a(word): return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
