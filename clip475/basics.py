@@ -82,14 +82,18 @@ def save_tensors(path, tensors, metadata=None):
 def fingerprint(*values):
     "Sixteen hex digits that change when any of `values` changes: JSON-like, paths, bytes, arrays, tensors."
     h = hashlib.sha256()
-    for raw in map(_bytes, values): h.update(len(raw).to_bytes(8, "little") + raw)
+    for parts in map(_parts, values):
+        h.update(sum(memoryview(p).nbytes for p in parts).to_bytes(8, "little"))
+        for part in parts: h.update(part)
     return h.hexdigest()[:16]
 
-def _bytes(value):
-    if isinstance(value, bytes): return value
+def _parts(value):
+    "The bytes of a value, in pieces that are not copied where they need not be."
+    if isinstance(value, bytes): return [value]
     if hasattr(value, "detach"): value = value.detach().cpu().numpy()
-    if hasattr(value, "tobytes"): return f"{value.dtype.str}{value.shape}".encode() + value.tobytes()
-    return json.dumps(value, sort_keys=True, default=os.fspath).encode()
+    if not hasattr(value, "tobytes"): return [json.dumps(value, sort_keys=True, default=os.fspath).encode()]
+    plain = hasattr(value, "flags") and value.flags.c_contiguous and value.ndim and value.size
+    return [f"{value.dtype.str}{value.shape}".encode(), value.reshape(-1).view("u1").data if plain else value.tobytes()]
 
 # %% ../nbs/00_basics.ipynb #853ba4d1
 def cache_dir():

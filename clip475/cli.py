@@ -170,8 +170,9 @@ def _prepare(args):
     from clip475.train import prepare_data
     start, config, fetched = perf_counter(), config_of(args, "coco" if args.dataset else "tiny"), {}
     if args.root and not args.dataset: raise LabError("--root says where a data set is fetched to; name one with --dataset coco2014, or your own folder with --data DIR")
-    if args.dataset: config, fetched = _fetched(config, args)
-    splits = {s.split.name: s for s in prepare_data(config, rebuild=args.rebuild)}
+    if args.dataset: config, fetched, splits = _fetched(config, args)
+    else: splits = prepare_data(config, rebuild=args.rebuild)
+    splits = {s.split.name: s for s in splits}
     result = {"data": str(splits["train"].split.root), "cache": str(cache_dir())} | ({"fetched": fetched} if fetched else {})
     result |= {name: {"images": len(s), "captions": len(s.split.captions), "missing": s.split.missing, "replaced": len(s.bad), "fingerprint": s.split.fingerprint} for name, s in splits.items()}
     lines = [f"{name}: {s['images']:,} images, {s['captions']:,} captions" for name, s in result.items() if name in splits]
@@ -179,12 +180,19 @@ def _prepare(args):
     return result, "\n".join([*lines, f"data: {result['data']}", f"caches: {result['cache']}"])
 
 def _fetched(config, args):
-    "COCO 2014 as `config` needs it, fetched: the configuration that names its folder, and what the download says of itself."
+    "COCO 2014 as `config` needs it, fetched and prepared: the configuration that names its folder, what the download says, and the splits."
     from clip475.core import cache_dir
     from clip475.download import prepare_coco2014
+    from clip475.images import BadImages
+    from clip475.train import prepare_data
     root = Path(args.root).expanduser().resolve() if args.root else cache_dir()/"coco2014"
-    record = prepare_coco2014(root, config)
-    return config.replace(data=str(root)), {"fingerprint": record["fingerprint"], "replaced": len(record["bad"])}
+    there = config.replace(data=str(root))
+    for attempt in range(5):
+        record = prepare_coco2014(root, config)
+        try: return there, {"fingerprint": record["fingerprint"], "replaced": len(record["bad"])}, prepare_data(there.replace(on_bad="fail"), rebuild=args.rebuild)
+        except BadImages as e:
+            if attempt == 4: raise
+            for _, path, _ in e.bad: Path(path).unlink(missing_ok=True)      # damaged since it was fetched: fetch it again, and let --on-bad decide if it stays so
 
 def _params(args):
     import torch

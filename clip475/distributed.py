@@ -49,10 +49,10 @@ def _lost_another(error):
     return isinstance(error, dist.DistError) or any(w in str(error).lower() for w in words)
 
 @contextmanager
-def processes(minutes=10):
+def processes(minutes=120):
     """The processes that `torchrun` started, joined for the length of the block; without torchrun, `Processes()` on the best device.
 
-    A collective that waits longer than `minutes`, or whose other end is gone, raises `LabError`."""
+    A collective that waits longer than `minutes` (the first may prepare data for long), or whose other end is gone, raises `LabError`."""
     if not launched():
         yield Processes(device=pick_device())
         return
@@ -62,7 +62,7 @@ def processes(minutes=10):
     try: yield us
     except RuntimeError as e:
         if us.count == 1 or not _lost_another(e): raise
-        raise LabError(f"process {us.rank} of {us.count} has lost the others (one of them ended or hangs; its own message says why); go on with: torchrun … train --resume") from e
+        raise LabError(f"process {us.rank} of {us.count} has lost the others (one of them ended or hangs; its own message says why); go on with: torchrun … train --resume --run-folder DIR") from e
     dist.destroy_process_group()
 
 # %% ../nbs/08c_distributed.ipynb #6e146b2f
@@ -131,6 +131,6 @@ def told_by_first(value, us):
 def any_of_us(flag, us):
     "Whether `flag` is true in any process."
     if us.count == 1: return bool(flag)
-    found = torch.tensor(float(flag), device=us.device)
+    found = torch.tensor(float(bool(flag)), device=us.device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return bool(found.item())

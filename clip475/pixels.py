@@ -7,6 +7,7 @@ __all__ = ['MOST_PIXELS', 'to_rgb', 'BadImage', 'load_image', 'resize_square', '
 
 # %% ../nbs/03e_pixels.ipynb #10ff27bd
 import os
+from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,10 @@ def resize_square(image, size):
     return F.interpolate(x, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0).contiguous().numpy()
 
 # %% ../nbs/03e_pixels.ipynb #7473d075
-def _per_channel(values, like): return torch.as_tensor(values, dtype=torch.float32, device=like.device).view(1, 3, 1, 1)
+@lru_cache
+def _on(device, values): return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)     # copied once: a copy waits for the device
+
+def _per_channel(values, like): return _on(like.device, tuple(values))
 
 def normalize(pixels, mean=CLIP_MEAN, std=CLIP_STD):
     "Pixels (B, H, W, 3) uint8, array or tensor → (B, 3, H, W) float32 in channels_last memory, `(pixel/255 - mean)/std`."

@@ -17,7 +17,7 @@ from time import perf_counter
 import numpy as np, pandas as pd, torch, torchvision, transformers
 
 from .core import LabError, autocast_dtype, fingerprint, new_run_folder, pick_device, read_json, write_json, write_text
-from .distributed import first_goes_first, processes, told_by_first
+from .distributed import first_goes_first, processes, share_of, told_by_first
 from .images import load_image
 from .index import SearchIndex, model_encoder
 from .splits import split_record
@@ -25,7 +25,7 @@ from .loss import check_loss
 from .model import build_backbone, load_model, parameter_table
 from .retrieval import evaluate_retrieval, retrieval_table, search
 from .scenes import load_truth, oracle_recall
-from .text import known_token_share, load_tokenizer
+from .text import known_token_share, load_text_encoder, load_tokenizer
 from .runs import check_run_folder, fit, run_figure
 from .train import embed_images, prepare_data, steps_per_epoch
 from .viz import plot_curves, plot_gallery, plot_grouped_bars, plot_similarity, save_figure, show_images
@@ -146,6 +146,10 @@ def check_config(config):
     "Raise `LabError` for choices that cannot work together, before any work."
     with torch.device("meta"): build_backbone(config.backbone)
     check_loss(config)
+    if config.text_model == "builtin" or Path(config.text_model).is_dir():
+        with torch.device("meta"): load_text_encoder(config, pretrained=False)      # do its shape and the configuration agree?
+    weights = Path(config.backbone_weights or "")
+    if weights.suffix in (".safetensors", ".pth", ".pt") and not weights.is_file(): raise LabError(f"{weights}: there is no such file of backbone weights; name one, a torchvision weights name, or null")
     load_tokenizer(config.text_model, config.text_revision)     # a tower that is not to be had is missed here, not after an hour of packing
     if config.train_images is not None and config.train_images < config.batch_size: raise LabError(f"batch_size is {config.batch_size} and train_images {config.train_images}, so no batch is full; make batch_size smaller")
     if config.val_images == 1: raise LabError("val_images is 1, and one image has no negatives; validate on at least 2")
@@ -159,12 +163,13 @@ def run_lab(config, run=None, resume=False, progress=True, query=None, name="run
     check_config(config)
     with processes() as us:
         if us.first and run is not None: check_run_folder(run, resume)     # before any work
+        share_of(range(config.batch_size), us)
         with first_goes_first(us): train, val, *test = prepare_data(config, progress and us.first)
         steps_per_epoch(len(train), config)                                # too few images? before a folder is made
         run = told_by_first(str(run or new_run_folder(name=name)) if us.first else None, us)
         state = fit(config, train, val, run, resume, recall_columns, progress, us)
         if not us.first: return None
-    trained = {"seconds": round(sum(row["train_seconds"] for row in state.metrics), 1), "processes": us.count, "best_epoch": state.best["epoch"], "hardware": hardware(config, us.device)}
+    trained = {"seconds": round(sum(row["train_seconds"] + row["val_seconds"] for row in state.metrics), 1), "processes": us.count, "best_epoch": state.best["epoch"], "hardware": hardware(config, us.device)}
     write_json(Path(run)/"split.json", split_record([s.split for s in (train, val, *test)], config, {s.split.name: s.bad for s in (train, val, *test)}))
     return _finish(*open_run(run), run, train, val, test, trained, start, query)
 
@@ -243,7 +248,7 @@ def _machine(m): return f"{m['device']}, {m['precision']}, Python {m['python']},
 def _time_text(results):
     "Time and hardware: of the training, where it is known, and of this evaluation."
     trained = results.get("training")
-    lines = [f"**Training:** {trained['seconds']} s in {trained['processes']} process{'es' if trained['processes'] > 1 else ''}; the model is that of epoch {trained['best_epoch']}, the best by recall. **Hardware:** {_machine(trained['hardware'])}."] if trained else []
+    lines = [f"**Training:** {trained['seconds']} s, validation included, in {trained['processes']} process{'es' if trained['processes'] > 1 else ''}; the model is that of epoch {trained['best_epoch']}, the best by recall. **Hardware:** {_machine(trained['hardware'])}."] if trained else []
     return [*lines, f"**This report:** {results['seconds']} s for the whole command. **Hardware:** {_machine(results['evaluation']['hardware'])}."]
 
 def _test_text(results):

@@ -7,11 +7,11 @@ __all__ = ['checkpoint_files', 'save_checkpoint', 'load_checkpoint', 'check_run_
            'told_what_failed', 'data_of', 'fit', 'epoch_line', 'run_figure', 'live_curves']
 
 # %% ../nbs/09b_runs.ipynb #5ebf44ec
-import os, pickle, signal, sys, threading
+import os, shutil, signal, sys, threading, warnings
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import pandas as pd, torch
 from filelock import FileLock, Timeout
@@ -48,28 +48,36 @@ def save_checkpoint(state, config, run, keep=2):
 # %% ../nbs/09b_runs.ipynb #a13a4a85
 def _read_checkpoint(file):
     "The content of a checkpoint, or a `LabError` that says what is wrong with it."
-    try: content = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, BadZipFile, pickle.UnpicklingError): raise LabError(f"{file}: this is not a whole checkpoint") from None
-    if not isinstance(content, dict) or content.get("format") != 2: raise LabError(f"{file}: this is not a checkpoint of this version of clip475")
+    try:
+        with ZipFile(file) as archive: damaged = archive.testzip()      # every part has a checksum
+        content = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
+    except Exception: damaged = "it"        # cut short, no archive at all, or one that wants to run code
+    if damaged: raise LabError(f"{file}: this is not a whole checkpoint")
+    if not isinstance(content, dict) or content.get("format") != 2 or not {"config", "data", "model", "step"} <= content.keys(): raise LabError(f"{file}: this is not a checkpoint of this version of clip475")
     return content
 
 # %% ../nbs/09b_runs.ipynb #54eeb4ae
-def _newest_whole(run, warn):
-    "The newest checkpoint that can be read, and its file; those that cannot are named to `warn`."
+def _newest_usable(run, config, warn):
+    "The newest checkpoint that can be read and is of `config`, and its file; what is passed over is named to `warn` and set aside."
     files, problems = checkpoint_files(run), []
     if not files: raise LabError(f"{Path(run)/'checkpoint'}: there is no checkpoint to resume from; start a new run without --resume")
     for file in files:
-        try: return _read_checkpoint(file), file
-        except LabError as e:
-            problems.append(str(e))
-            warn(f"{e}; trying the one before")
-    raise LabError(f"{problems[0]}, and neither is any other in its folder; start a new run without --resume")
+        try:
+            content = _read_checkpoint(file)
+            _check_same(content, file, config, {})
+        except LabError as e: problems.append(str(e))
+        else:
+            for problem, old in zip(problems, files):
+                warn(f"{problem}; going on from the one before, {file.name}")
+                old.rename(old.with_suffix(".unusable"))
+            return content, file
+    raise LabError(f"{problems[0]}, and no other in its folder will do; resume with the run's own config.json, or start a new run")
 
 _FREE = ("data", "text_model", "text_revision", "backbone_weights", "test_images", "checkpoint_minutes", "checkpoint_steps")     # places, known by their content, and what computes nothing
 
 def _check_same(content, file, config, data):
     differ = [k for k, v in config.to_dict().items() if k not in _FREE and content["config"].get(k) != v]
-    if differ: raise LabError(f"{file}: this run was started with another {', '.join(differ)}; resume with the run's own config.json, or start a new run")
+    if differ: raise LabError(f"{file}: this run was started with another {', '.join(differ)}")
     changed = [k for k, v in data.items() if content["data"].get(k) != v]
     if changed: raise LabError(f"{file}: this run was started on other data ({', '.join(changed)} changed); restore them, or start a new run")
 
@@ -89,19 +97,19 @@ def load_checkpoint(config, run, data={}, us=None, warn=lambda message: tqdm.wri
     """The `TrainState` of the newest whole checkpoint in `run`, ready to go on.
 
     `data`: fingerprints that must be those of the run. A damaged file is named to `warn` and the one before is used;
-    none, or one of another configuration or other data, raises `LabError`."""
-    content, file = _newest_whole(run, warn)
+    none that fits the configuration, or other data, raises `LabError`."""
+    content, file = _newest_usable(run, config, warn)
     _check_same(content, file, config, data)
     return _fill(start_training(config, us, backbone_weights=False), content)
 
 # %% ../nbs/09b_runs.ipynb #f72998bb
-_TRACES = ("config.json", "metrics.csv", "model.safetensors", "checkpoint")
+_TRACES = ("metrics.csv", "model.safetensors", "checkpoint/step-*.pt")     # a run that was killed before its first checkpoint left nothing worth keeping
 
 def check_run_folder(run, resume=False):
     "Raise `LabError` if a run cannot live in the folder `run`, or if a new one would write over another."
     run = Path(run)
     if run.exists() and not run.is_dir(): raise LabError(f"{run}: this is a file; a run needs a folder, name another with --run")
-    if not resume and any((run/name).exists() for name in _TRACES): raise LabError(f"{run}: this folder holds a run already; choose another with --run, or go on with --resume")
+    if not resume and any(next(run.glob(name), None) for name in _TRACES): raise LabError(f"{run}: this folder holds a run already; choose another with --run, or go on with --resume")
     above = next(p for p in (run, *run.absolute().parents) if p.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)): raise LabError(f"{above}: nothing can be written here; choose another folder with --run")
 
@@ -112,16 +120,19 @@ def only_run(run, us):
     if not us.first:
         yield
         return
+    lock = Path(run)/".lock"
     try:
         Path(run).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(Path(run)/".lock")
-        lock.acquire(timeout=0)
-    except Timeout: raise LabError(f"{run}: another run is training in this folder; wait for it, or choose another with --run") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")      # where the file system knows no locks, a file stands for one
+            held = FileLock(lock).acquire(timeout=0)
+    except Timeout: raise LabError(f"{run}: another run is training in this folder; wait for it, choose another with --run, or, if it is long gone, delete {lock}") from None
     except OSError as e: raise LabError(f"{run}: nothing can be written here ({e.strerror}); choose another folder with --run") from None
     try:
-        for left in Path(run).rglob(".part-*"): left.unlink()     # of a process that was killed while it wrote
+        for place in (Path(run), *(Path(run)/name for name in ("checkpoint", "figures"))):
+            for left in place.glob(".part-*"): shutil.rmtree(left) if left.is_dir() else left.unlink()     # of a process that was killed while it wrote
         yield
-    finally: lock.release()
+    finally: held.lock.release()
 
 # %% ../nbs/09b_runs.ipynb #fad63f83
 @contextmanager
@@ -165,8 +176,9 @@ def _to_tensorboard(state, run):
 # %% ../nbs/09b_runs.ipynb #d6d58e1a
 def _finish_epoch(state, row, val, config, measure):
     "Validate (in the first process), append the row, and note whether this epoch is the best."
-    more = validate(state, val, config, measure) if state.us.first else None
-    state.metrics.append(row | told_by_first(more, state.us))
+    began = monotonic()
+    more = {k: float(v) for k, v in validate(state, val, config, measure).items()} if state.us.first else None      # plain numbers: a checkpoint holds nothing else
+    state.metrics.append(row | told_by_first(more, state.us) | {"val_seconds": monotonic() - began})
     score = score_of(state.metrics[-1])
     if not state.best or score >= state.best["score"]: state.best = {"epoch": state.epoch, "score": score}
 
@@ -182,7 +194,7 @@ def _between_steps(config, run, asked, total):
         agreed = state.us.count == 1 or state.step % 10 == 0
         if agreed and any_of_us(asked, state.us):
             save(state)
-            raise KeyboardInterrupt(f"stopped after step {state.step}; go on with: clip475 train --resume --run {run}")
+            raise KeyboardInterrupt(f"stopped after step {state.step}; go on with: {'torchrun … -m clip475 train --resume --run-folder' if state.us.count > 1 else 'clip475 train --resume --run'} {run}")
         by_steps = config.checkpoint_steps and state.step % config.checkpoint_steps == 0
         if by_steps or (state.us.first and monotonic() - last[0] > 60*config.checkpoint_minutes): save(state)
     return after_step
@@ -197,12 +209,15 @@ def told_what_failed(state, config, run):
     try: yield
     except RuntimeError as e:
         if not _no_memory(e): raise
-        part = (config.micro_batch or config.batch_size)//2
-        raise LabError(f"the memory does not suffice for {config.micro_batch or config.batch_size} images at a time at step {state.step + 1}; try --set micro_batch={max(part, 1)}, which keeps the {config.batch_size - 1} negatives, or --set batch_size={max(config.batch_size//2, 2)}") from e
+        mine = min(config.micro_batch or config.batch_size, config.batch_size//state.us.count)
+        raise LabError(f"the memory does not suffice for {mine} images at a time after step {state.step}; in a new run, try --set micro_batch={max(mine//2, 1)}, which keeps the {config.batch_size - 1} negatives, or --set batch_size={max(config.batch_size//2, 2)}") from e
     except LabError as e:
         if "diverged" not in str(e): raise
         kept = next((f for f in checkpoint_files(run)), None)
         raise LabError(f"{e}; " + (f"the last good checkpoint is {kept}" if kept else "no checkpoint was written before")) from None
+    except Exception as e:
+        if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")): raise
+        raise LabError(f"compiling the image tower failed ({str(e).strip().splitlines()[0][:120]}); leave compile false, or install a C++ compiler") from e
 
 # %% ../nbs/09b_runs.ipynb #3aae9cab
 def data_of(model, **splits):
@@ -211,6 +226,7 @@ def data_of(model, **splits):
 
 def _begin(config, train, val, run, resume, us):
     "A fresh state, or the one to resume from, with the fingerprints of its data."
+    resume = resume and bool(checkpoint_files(run))      # killed before the first checkpoint: begin again
     state = load_checkpoint(config, run, us=us) if resume else start_training(config, us)
     data = data_of(state.model, train=train, val=val)
     if resume: _check_same({"config": config.to_dict(), "data": state.data}, Path(run)/"checkpoint", config, data)
@@ -236,7 +252,7 @@ def fit(config, train, val, run, resume=False, measure=None, progress=True, us=N
 # %% ../nbs/09b_runs.ipynb #909e6ee0
 def _train(state, config, train, val, run, resume, measure, progress, watch, after_step):
     steps, first = steps_per_epoch(len(train), config), state.us.first
-    if first and not resume: config.save(Path(run)/"config.json")
+    if first and state.step == 0: config.save(Path(run)/"config.json")
     if first and state.step == state.epoch*steps > 0: _keep_epoch(state, config, run)      # killed in the middle of keeping it?
     while state.epoch < config.epochs:
         _finish_epoch(state, train_epoch(state, train, config, progress, after_step), val, config, measure)

@@ -89,7 +89,7 @@ def prepare_data(config, progress=True, names=("train", "val", "test"), rebuild=
     some of them. `rebuild=True` makes the caches anew."""
     splits, packed, bad = _pack(data_root(config, progress), config, names, progress, rebuild)
     if progress: [_note_missing(s) for s in splits]
-    encode = partial(caption_embeddings, config=config, encoder=load_text_encoder(config), tokenizer=load_tokenizer(config.text_model, config.text_revision), progress=progress, rebuild=rebuild)
+    encode = partial(caption_embeddings, config=config, encoder=load_text_encoder(config).to(pick_device()), tokenizer=load_tokenizer(config.text_model, config.text_revision), progress=progress, rebuild=rebuild)
     return tuple(PreparedSplit(s, pixels, encode(s), tuple(bad.get(s.name, ()))) for s, pixels in zip(splits, packed))
 
 # %% ../nbs/09_train.ipynb #3280c7af
@@ -123,6 +123,7 @@ class TrainState:
 # %% ../nbs/09_train.ipynb #9868dccc
 def _encoder(model, config, us):
     "What a step calls to embed pixels."
+    if us.count > 1 and config.compile: raise LabError("compile works with one process; leave it out, or train without torchrun")
     if us.count > 1: return shared(model.image_encoder, [p for p in (model.logit_scale, model.logit_bias) if p is not None], us, config.sync_batchnorm)
     return torch.compile(model.image_encoder) if config.compile else model.encode_image
 
@@ -214,10 +215,10 @@ def epoch_batches(train, config, epoch, us, start=0):
     choice = caption_choices(train.split.caption_image, config.seed, epoch, config.captions_per_image) if config.captions_per_image > 1 else caption_choice(train.split.caption_image, config.seed, epoch)[:, None]
     def make(i):
         rows = order[i]
-        pixels = torch.from_numpy(train.pixels[share_of(rows, us).numpy()])
-        if us.device.type == "cuda": pixels = pixels.pin_memory().to(us.device, non_blocking=True)
+        def there(x): return x.pin_memory().to(us.device, non_blocking=True) if us.device.type == "cuda" else x
+        pixels = there(torch.from_numpy(train.pixels[share_of(rows, us).numpy()]))
         draw = torch.Generator().manual_seed(int(fingerprint("augment", config.seed, epoch, i, us.rank), 16) % 2**63)
-        return augment(pixels, config.augment, config.image_size, draw), train.text_embeddings[choice[rows].flatten()], rows, rows.repeat_interleave(choice.shape[1])
+        return augment(pixels, config.augment, config.image_size, draw), *map(there, (train.text_embeddings[choice[rows].flatten()], rows, rows.repeat_interleave(choice.shape[1])))
     return one_ahead(make, range(start, len(order)))
 
 # %% ../nbs/09_train.ipynb #10eccaf3
@@ -232,15 +233,17 @@ def read_waiting(state, config, total):
                            "start a new run with a lower learning_rate, with clip_grad_norm=1, or with precision fp32")
         state.log.append(row)
     state.waiting.clear()
+    if state.step >= 20 and not any(math.isfinite(row["gradient_norm"]) for row in state.log[-20:]):
+        raise LabError(f"the run diverged at step {state.step}: no gradient of the last 20 steps was finite, so fp16 skipped them all; start a new run with precision bf16 or fp32, or with a lower learning_rate")
 
 # %% ../nbs/09_train.ipynb #f38ba703
 def _summary(state, config, steps):
     "The row of metrics of the epoch that has just been trained."
     rows = state.log[-steps:]
-    norms = [r["gradient_norm"] for r in rows]
+    norms = [r["gradient_norm"] for r in rows if math.isfinite(r["gradient_norm"])]     # fp16 skips the other steps
     clipped = 0.0 if config.clip_grad_norm is None else sum(n > config.clip_grad_norm for n in norms)/steps
     return {"epoch": state.epoch + 1, "step": state.step, "train_loss": sum(r["loss"] for r in rows)/steps, "learning_rate": rows[-1]["learning_rate"], "temperature": rows[-1]["temperature"],
-            "gradient_norm": sum(norms)/steps, "clipped_steps": clipped, "images_per_second": steps*config.batch_size/state.seconds, "train_seconds": state.seconds}
+            "gradient_norm": sum(norms)/max(1, len(norms)), "clipped_steps": clipped, "skipped_steps": 1 - len(norms)/steps, "images_per_second": steps*config.batch_size/state.seconds, "train_seconds": state.seconds}
 
 def _shown(state, config, steps):
     "What the progress bar says beside the time left: loss, pace, and the last recall where it is measured."
@@ -262,10 +265,10 @@ def train_epoch(state, train, config, progress=True, after_step=lambda state: No
     for pixels, texts, rows, text_rows in bar:
         state.waiting.append(train_step(state, pixels, texts, rows, learning_rate_at(state.step, total, config), config, text_rows))
         state.step += 1
+        state.seconds, began = state.seconds + perf_counter() - began, perf_counter()
         if state.step % 10 == 0 or state.step % steps == 0:
             read_waiting(state, config, total)
             bar.set_postfix(_shown(state, config, steps))
-        state.seconds += perf_counter() - began
         after_step(state)
         began = perf_counter()
     row, state.seconds = _summary(state, config, steps), 0.0

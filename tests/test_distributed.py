@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["--train", "64", "--val", "16", "--set", "epochs=2", "--set", "batch_size=16", "--set", "image_size=32", "--set", "precision=fp32", "--set", "freeze_batchnorm=true", "--set", "learning_rate=0.0003"]
+SMALL = ["--train", "96", "--val", "16", "--set", "epochs=2", "--set", "batch_size=16", "--set", "image_size=32", "--set", "precision=fp32", "--set", "freeze_batchnorm=true", "--set", "learning_rate=0.0003"]
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,8 @@ def alone(place):
 def test_a_run_over_two_processes_is_the_run_of_one(place, alone):
     done = run(place, *torchrun(place, 2, "-m", "clip475", "train", *SMALL, "--run-folder", "two", "--json"))
     results = json.loads(done.stdout)                          # one object, from the first process alone
-    assert results["training"]["processes"] == 2 and len(alone) == 8
-    assert abs(losses(place, "two") - alone).max() < 1e-2      # rounding grows over eight steps of AdamW
+    assert results["training"]["processes"] == 2 and len(alone) == 12
+    assert abs(losses(place, "two") - alone).max() < 1e-2      # rounding grows over twelve steps of AdamW
     assert (place/"two"/"report.md").is_file()
 
 
@@ -104,7 +104,7 @@ with processes() as us: fit(config, *prepare_data(config, progress=False), "half
     assert len(pd.read_csv(place/"half"/"metrics.csv")) == 1
     run(place, *torchrun(place, 2, "-m", "clip475", "train", "--resume", "--run-folder", "half"))
     mine = losses(place, "half")
-    assert len(mine) == 8 and (mine[:4] == alone[:4]).all() and abs(mine - alone).max() < 1e-2
+    assert len(mine) == 12 and (mine[:6] == alone[:6]).all() and abs(mine - alone).max() < 1e-2
     assert load_file(place/"half"/"model.safetensors").keys() == load_file(place/"alone"/"model.safetensors").keys()
 
 

@@ -65,7 +65,7 @@ while True:
     steps_at_kill.append(newest())
 
 a, b = (load_file(p/"model.safetensors") for p in (whole, killed))
-x, y = (pd.read_csv(p/"metrics.csv").drop(columns=["images_per_second", "train_seconds"]) for p in (whole, killed))
+x, y = (pd.read_csv(p/"metrics.csv").drop(columns=["images_per_second", "train_seconds", "val_seconds"]) for p in (whole, killed))
 s, t = (torch.load(checkpoint_files(p)[0], weights_only=True) for p in (whole, killed))
 def equal(m, n): return m.keys() == n.keys() and all(torch.equal(v, n[k]) for k, v in m.items())
 print(json.dumps({"kills": count, "while writing": writing, "exit": code, "at": steps_at_kill, "best model": equal(a, b), "metrics": x.equals(y), "steps": pd.read_csv(whole/"steps.csv").equals(pd.read_csv(killed/"steps.csv")),

@@ -190,7 +190,7 @@ def test_an_empty_split_and_too_many_images(place, first):
 @pytest.mark.parametrize("argv, says", [
     (["train", "--data", "nowhere"], "nowhere"), (["train", "--run", "first"], "--resume"), (["train", "--resume", "--run", "never"], "never"),
     (["train", "--resume", "--run", "first", "--seed", "7"], "seed"), (["train", "--resume", "--run", "first", "--preset", "coco"], "--preset"), (["train", "--run", "first/config.json"], "a file"),
-    (["train", "--run", "first/config.json/deeper"], "nothing can be written"), (["train", "--set", "preset=coco"], "--preset coco"), (["train", "--seed", str(2**64)], "seed"), (["train", "--val", "1"], "val_images"),
+    (["train", "--run", "first/config.json/deeper"], "nothing can be written"), (["train", "--set", "preset=coco"], "--preset coco"), (["train", "--seed", str(2**64)], "seed"), (["train", "--val", "1"], "val_images"), (["train", "--set", "embedding_dim=256"], "embedding_dim"), (["train", "--set", "backbone_weights=none.pth"], "none.pth"),
     (["train", "--set", "loss=multi-positive", "--set", "label_smoothing=2"], "label_smoothing"), (["prepare", "--root", "x"], "--dataset"), (["eval", "--run", "never"], "never"), (["search", "a dog", "--run", "first", "-k", "65"], "65"),
     (["search", " ", "--run", "first"], "empty"), (["search", "--run", "first"], "empty"), (["search", "a", "--image", "x.jpg", "--run", "first"], "give one of them"), (["search", "a", "--plus", "b", "--run", "first"], "--image"),
     (["search", "--image", "first/report.md", "--run", "first"], "report.md"), (["train", "--set", "speed=9"], "speed"), (["train", "--set", "epochs=none"], "epochs"), (["train", "--set", "nothing"], "FIELD=VALUE"),
@@ -230,7 +230,7 @@ def test_the_report_keeps_what_it_knows_of_the_training(place, first):
     told = first["training"]
     again = ok(place, "eval", "--run", "first")
     assert again["training"] == told and again["seconds"] != first["seconds"]
-    assert f"{told['seconds']} s in 1 process" in (place/"first"/"report.md").read_text()
+    assert f"{told['seconds']} s, validation included, in 1 process" in (place/"first"/"report.md").read_text()
 
 
 def test_a_third_split_that_chose_nothing(place, first):

@@ -158,7 +158,8 @@ def test_a_diverged_run_leaves_its_last_good_checkpoint(data, tmp_path):
 
 def test_a_lack_of_memory_is_answered_with_what_to_try(data, tmp_path):
     def hungry(*args, **kwargs): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-    with patch.object(train_module, "train_step", hungry), pytest.raises(LabError, match="16 images at a time at step 1.*micro_batch=8.*15 negatives.*batch_size=8"): fit(BASE, *data, tmp_path/"run", progress=False)
+    with patch.object(train_module, "train_step", hungry), pytest.raises(LabError, match="16 images at a time after step 0; in a new run.*micro_batch=8.*15 negatives.*batch_size=8"): fit(BASE, *data, tmp_path/"run", progress=False)
+    fit(BASE.replace(epochs=1, micro_batch=8), *data, tmp_path/"run", progress=False)      # nothing was kept, so the advice can be followed at once
 
 
 def test_a_truncated_or_foreign_checkpoint_is_passed_over(data, tmp_path):
@@ -171,7 +172,45 @@ def test_a_truncated_or_foreign_checkpoint_is_passed_over(data, tmp_path):
         said.clear()
         assert load_checkpoint(config, tmp_path/"run", warn=said.append).step == int(before.stem[5:]) and len(said) == 1 and newest.name in said[0]
     before.write_bytes(b"")
-    with pytest.raises(LabError, match="neither is any other"): load_checkpoint(config, tmp_path/"run", warn=said.append)
+    with pytest.raises(LabError, match="no other in its folder"): load_checkpoint(config, tmp_path/"run", warn=said.append)
+
+
+def test_a_bit_that_flipped_and_a_checkpoint_of_another_run_are_passed_over(data, tmp_path):
+    config, said = BASE.replace(checkpoint_steps=3), []
+    fit(config, *data, tmp_path/"run", progress=False)
+    newest, before = checkpoint_files(tmp_path/"run")
+    content = bytearray(newest.read_bytes())
+    content[len(content)//2] ^= 1                                   # in the middle of some weight
+    newest.write_bytes(content)
+    other = BASE.replace(seed=7)
+    runs.save_checkpoint(start_training(other), other, tmp_path/"other")
+    foreign = newest.with_name("step-00000099.pt")
+    foreign.write_bytes((tmp_path/"other"/"checkpoint"/"step-00000000.pt").read_bytes())
+    state = load_checkpoint(config, tmp_path/"run", warn=said.append)
+    assert state.step == int(before.stem[5:]) and len(said) == 2 and "another seed" in said[0] and "not a whole checkpoint" in said[1]
+    assert checkpoint_files(tmp_path/"run") == [before]             # what was passed over takes no place among the last two
+
+
+def test_killed_before_the_first_checkpoint(data, tmp_path):
+    "The folder holds a configuration and nothing else: both a new run and --resume begin."
+    for i, resume in enumerate((False, True)):
+        run = tmp_path/f"run{i}"
+        run.mkdir()
+        BASE.save(run/"config.json")
+        assert fit(BASE.replace(epochs=1), *data, run, resume=resume, progress=False).step == 4
+
+
+def test_numbers_of_numpy_in_the_metrics_do_no_harm(data, tmp_path):
+    fit(BASE, *data, tmp_path/"run", measure=lambda e, v: {"i2t_R@1": np.float64(.5), "t2i_R@1": torch.tensor(.25)}, progress=False)
+    assert load_checkpoint(BASE, tmp_path/"run").metrics[-1]["i2t_R@1"] == .5
+
+
+def test_fp16_that_skips_every_step_is_stopped(data):
+    config = BASE.replace(batch_size=2)
+    state = start_training(config)
+    state.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    state.model.image_encoder.head[0].weight.register_hook(lambda g: g*math.inf)
+    with pytest.raises(LabError, match="no gradient of the last 20 steps was finite"): train_epoch(state, data[0], config, progress=False)
 
 
 def test_loading_a_checkpoint_never_runs_code(data, tmp_path):
@@ -179,7 +218,7 @@ def test_loading_a_checkpoint_never_runs_code(data, tmp_path):
         def __reduce__(self): return (open, (str(tmp_path/"trapped"), "w"))
     (tmp_path/"run"/"checkpoint").mkdir(parents=True)
     torch.save({"format": 2, "trap": Trap()}, tmp_path/"run"/"checkpoint"/"step-00000001.pt")
-    with pytest.raises(LabError, match="neither is any other"): load_checkpoint(BASE, tmp_path/"run", warn=lambda m: None)
+    with pytest.raises(LabError, match="no other in its folder"): load_checkpoint(BASE, tmp_path/"run", warn=lambda m: None)
     assert not (tmp_path/"trapped").exists()
 
 
