@@ -45,6 +45,7 @@ def text_notes(text, tokenizer, tower, context_length=77):
     elif unknown: notes.append(f"the text tower has never seen {', '.join(unknown[:5])}{' and more' * (len(unknown) > 5)}")
     return notes
 
+# %% ../nbs/10b_search.ipynb #2d2aac67
 def model_encoder(model, config, tokenizer):
     "The `Encoder` of a trained `DualEncoder`."
     def see(pictures):
@@ -87,6 +88,9 @@ class _Stored:
 
     def __len__(self): return len(self.image_embeddings)
 
+# %% ../nbs/10b_search.ipynb #9ebd72ea
+class _Saved(_Stored):
+    "What can be kept."
     def save(self, folder, overwrite=False):
         "Write the index into `folder`, whole or not at all; returns the folder. A folder that is there is replaced only if asked."
         folder = Path(folder)
@@ -141,6 +145,7 @@ class Found:
         results = [item["caption"] if "caption" in item else load(item["image_path"]) for item in self.items]
         return GalleryRow(f"{query}  [{self.note}]" if self.note and self.of_text else query, results, hits, [item["score"] for item in self.items])
 
+# %% ../nbs/10b_search.ipynb #50e25d84
 def picture_of(source, load=load_image):
     "An RGB PIL picture from a path, from bytes (an upload) or from a PIL picture. Raises `LabError` for what does not decode."
     if isinstance(source, Image.Image): return to_rgb(source)
@@ -160,7 +165,7 @@ def combine(image, plus=(), minus=(), weight=1.):
     return F.normalize(mixed, dim=0)
 
 # %% ../nbs/10b_search.ipynb #d2b05dcc
-class _Asked(_Stored):
+class _Asked(_Saved):
     "What can be asked."
     def _of_text(self, query):
         if torch.is_tensor(query) or isinstance(query, np.ndarray): return self._checked(query), ""
@@ -186,7 +191,26 @@ class _Asked(_Stored):
         return query[0]
 
 # %% ../nbs/10b_search.ipynb #97d1dd83
-class _Answered(_Asked):
+class _Nearest(_Asked):
+    "What is near."
+    def _nearest(self, embedding, gallery, k, find):
+        "Scores and rows `(k,)`, exact, ties by row; faiss proposes a few more than k, which are settled in the same way."
+        pairs = pairing(embedding[None], gallery, gallery32=gallery)
+        if self.backend == "exact": return [x[0] for x in first(pairs, int(k))]
+        rows = torch.from_numpy(self._faiss_index(find, gallery).search(pairs.query32.numpy(), min(int(k) + 32, len(gallery)))[1][0]).sort().values
+        scores = pair_scores(pairs, torch.zeros_like(rows), rows)
+        order = scores.argsort(descending=True, stable=True)[:k]
+        return scores[order].float(), rows[order]
+
+    def _faiss_index(self, find, gallery):
+        if find not in self._faiss:
+            import faiss
+            self._faiss[find] = faiss.IndexFlatIP(gallery.shape[1])
+            self._faiss[find].add(np.ascontiguousarray(gallery.numpy()))
+        return self._faiss[find]
+
+# %% ../nbs/10b_search.ipynb #9aba6bdb
+class _Answered(_Nearest):
     "What is answered."
     def path(self, row): return self.table["image_path"].iloc[row]
 
@@ -213,22 +237,6 @@ class _Answered(_Asked):
         item = {"rank": rank, "score": round(score, 4), "row": row, "image_id": int(line["image_id"]), "image_path": line["image_path"]}
         return item | ({"captions": self.captions_of(row)} if find == "images" else {"caption": line["caption"], "image_row": int(line["image_row"])})
 
-    def _nearest(self, embedding, gallery, k, find):
-        "Scores and rows `(k,)`, exact, ties by row; faiss proposes a few more than k, which are settled in the same way."
-        pairs = pairing(embedding[None], gallery, gallery32=gallery)
-        if self.backend == "exact": return [x[0] for x in first(pairs, int(k))]
-        rows = torch.from_numpy(self._faiss_index(find, gallery).search(pairs.query32.numpy(), min(int(k) + 32, len(gallery)))[1][0]).sort().values
-        scores = pair_scores(pairs, torch.zeros_like(rows), rows)
-        order = scores.argsort(descending=True, stable=True)[:k]
-        return scores[order].float(), rows[order]
-
-    def _faiss_index(self, find, gallery):
-        if find not in self._faiss:
-            import faiss
-            self._faiss[find] = faiss.IndexFlatIP(gallery.shape[1])
-            self._faiss[find].add(np.ascontiguousarray(gallery.numpy()))
-        return self._faiss[find]
-
 # %% ../nbs/10b_search.ipynb #ad6bc76b
 class _Searched(_Answered):
     "The ways to ask."
@@ -252,11 +260,8 @@ class _Searched(_Answered):
 def _listed(texts): return [texts] if isinstance(texts, str) else list(texts)
 
 # %% ../nbs/10b_search.ipynb #7413254f
-class SearchIndex(_Searched):
-    """Images and captions of a run that can be searched: `build` it once, `save` it, `open` it in a moment.
-
-    `backend="exact"` scans all embeddings and settles near ties as `clip475.exact` does; `"faiss"` (its flat index) is for millions."""
-
+class _Built(_Searched):
+    "How an index is made."
     @classmethod
     def build(cls, image_embeddings, image_paths, image_ids, text_embeddings, captions, caption_image, manifest=None, encoder=None, backend="exact"):
         "An index in memory. `manifest`: what it is of, such as `{\"model\": …, \"split\": …}` fingerprints, all of which `open` can ask for."
@@ -272,6 +277,12 @@ class SearchIndex(_Searched):
         model = {"model": encoder.fingerprint} if encoder and encoder.fingerprint else {}
         said = {"format": FORMAT, "images": len(images), "captions": len(texts), "dim": images.shape[1]} | model | (manifest or {})
         return cls(unit32(images), unit32(texts)[order], table, said, encoder, backend)
+
+# %% ../nbs/10b_search.ipynb #18053429
+class SearchIndex(_Built):
+    """Images and captions of a run that can be searched: `build` it once, `save` it, `open` it in a moment.
+
+    `backend="exact"` scans all embeddings and settles near ties as `clip475.exact` does; `"faiss"` (its flat index) is for millions."""
 
     @classmethod
     def open(cls, folder, expect=None, encoder=None, backend="exact"):
