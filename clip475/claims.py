@@ -119,7 +119,7 @@ def verdict_memory(memory):
                    f"between steps {fixed[0]:.0f} MB (cached), {fixed[1]:.0f} MB (encoded), {fixed[2]:.0f} MB (trained); largest batch in {memory['memory_gb']:g} GB {batch[0]}, {batch[1]} and {batch[2]}, or {batch[3]} when trained captions are trimmed; "
                    f"pairs per second {speed[0]:.2f}, {speed[1]:.2f} and 1 times, trimmed {speed[2]:.2f}.",
                    f"{'Supported' if batch[1] > batch[2] and speed[1] > 1 else 'Not supported'}, though not in proportion to the parameters: most of the memory is the activations of ResNet50, which trains either way. "
-                   f"Padding costs as much as training does: trimmed, a trained tower takes a batch of {batch[3]}.")
+                   f"Of the {batch[1] - batch[2]} pairs that training the text costs, {batch[3] - batch[2]} come back when captions are trimmed.")
 
 # %% ../nbs/10f_seven_claims.ipynb #fcc3201b
 def wavering(r):
