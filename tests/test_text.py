@@ -333,8 +333,8 @@ def test_an_interrupted_encoding_leaves_nothing(tokenizer, tmp_path, monkeypatch
 def test_an_interrupted_writing_leaves_the_old_file(cache, encoder, tokenizer, monkeypatch):
     file, rows = cache
     before = file.read_bytes()
-    def stopped(self, content): self.open("wb").write(content[:99]); raise KeyboardInterrupt
-    monkeypatch.setattr(Path, "write_bytes", stopped)
+    def stopped(tensors, filename, metadata=None): Path(filename).write_bytes(b"x"*99); raise KeyboardInterrupt
+    monkeypatch.setattr("safetensors.torch.save_file", stopped)
     with pytest.raises(KeyboardInterrupt): caption_embeddings(a_split(), TINY, encoder, tokenizer, file.parent, rebuild=True)
     assert file.read_bytes() == before and len(list(file.parent.iterdir())) == 1
 
