@@ -44,6 +44,7 @@ def _config_options(parser):
     group.add_argument("--seed", type=int, metavar="N", help="everything random follows from it")
     group.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of the configuration; may be repeated")
 
+# %% ../nbs/15_cli.ipynb #4fa1d45e
 def _search_options(parser):
     parser.add_argument("query", nargs="?", help="what to look for, in quotes")
     parser.add_argument("--image", metavar="FILE", help="look for pictures like this one instead")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'PRESETS', 'Rule', 'said', 'Settings', 'Readable', 'Recipe', 'LabConfig', 'seed_everything',
-           'pick_device', 'autocast_dtype', 'check_torch']
+           'pick_device', 'autocast_dtype', 'autocast', 'check_torch']
 
 # %% ../nbs/00_core.ipynb #fa930a1d
 import dataclasses, html, math, os, random
@@ -202,6 +202,12 @@ def autocast_dtype(config, device):
     if config.precision != "auto": return named[config.precision]
     if device.type == "cuda": return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if device.type == "cpu" and _cpu_has_bf16() else torch.float32
+
+def autocast(config, device):
+    "The context in which a model computes in `autocast_dtype`; nothing changes where that is float32."
+    import torch
+    dtype = autocast_dtype(config, device)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 def _cpu_has_bf16():
     import torch

@@ -7,7 +7,7 @@ __all__ = ['Processes', 'launched', 'processes', 'gather_rows', 'share_of', 'sha
            'told_by_first', 'any_of_us']
 
 # %% ../nbs/08c_distributed.ipynb #a1f9454a
-import os, sys
+import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from .anatomy import component_table, parameters_of, parts
 from .core import LabError, one_of
-from .model import SCALARS, parameter_summary
+from .model import parameter_summary
 from .text import weights_fingerprint
 
 # %% ../nbs/07_frozen.ipynb #837d3ea0
@@ -32,8 +32,6 @@ def changed(before, after):
             if name not in before or name not in after or not _same_bits(before[name], after[name])]
 
 # %% ../nbs/07_frozen.ipynb #0771a19e
-def _holds(module, kind): return any(isinstance(m, kind) for m in module.modules())
-
 def _frozen(module):
     params = list(module.parameters())
     return bool(params) and not any(p.requires_grad for p in params)

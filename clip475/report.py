@@ -16,6 +16,7 @@ from time import perf_counter
 
 import numpy as np, pandas as pd, torch, torchvision, transformers
 
+from .anatomy import markdown_table
 from .core import LabError, autocast_dtype, fingerprint, new_run_folder, pick_device, read_json, write_json, write_text
 from .distributed import first_goes_first, processes, share_of, told_by_first
 from .images import load_image
@@ -33,7 +34,7 @@ from .viz import plot_curves, plot_gallery, plot_grouped_bars, plot_similarity, 
 # %% ../nbs/14_report.ipynb #75be8bd6
 def recall_columns(image_embeddings, val):
     "Recall@K both ways as columns for metrics.csv: i2t_R@1 … t2i_R@10."
-    found = evaluate_retrieval(image_embeddings, val.text_embeddings, val.split.caption_image)
+    found = evaluate_retrieval(image_embeddings, val.text_embeddings, val.split.caption_image, bootstrap=0)     # intervals belong to the report, not to every epoch
     return {f"{way}_{k}": v for way in ("i2t", "t2i") for k, v in found[way].items()}
 
 # %% ../nbs/14_report.ipynb #8427e92f
@@ -219,13 +220,6 @@ def draw_figures(image_embeddings, val, config, results, run):
     for name, figure in figures.items(): save_figure(figure, Path(run)/"figures"/f"{name}.png")
 
 # %% ../nbs/14_report.ipynb #96668065
-def _markdown_table(table, index=False):
-    "A DataFrame as a Markdown table, numbers to the right."
-    table = table.reset_index(names="") if index else table
-    rows = [[f"{v:,}" if isinstance(v, (int, np.integer)) else str(v) for v in row] for row in table.itertuples(index=False)]
-    rule = ["---:" if pd.api.types.is_numeric_dtype(d) else "---" for d in table.dtypes]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [list(table.columns), rule, *rows])
-
 def _data_text(config, results):
     data, source = results["data"], "the built-in scenes" if config.data == "scenes" else f"`{config.data}`"
     lines = [f"{data['train_images']:,} training images with {data['train_captions']:,} captions and {results['images']:,} validation images with {results['captions']:,} captions, from {source}."]
@@ -253,7 +247,7 @@ def _time_text(results):
 
 def _test_text(results):
     "The recall on the third split, where there is one: its images chose nothing."
-    return ["The best epoch was chosen on the images above. On a test split that chose nothing:", _markdown_table(retrieval_table(results["test"]), index=True)] if "test" in results else []
+    return ["The best epoch was chosen on the images above. On a test split that chose nothing:", markdown_table(retrieval_table(results["test"]).reset_index(names=""))] if "test" in results else []
 
 # %% ../nbs/14_report.ipynb #84211f3d
 _FIGURES = {"loss": "Loss", "recall_curves": "Recall while training", "curves": "The whole run: loss, recall, learning rate, temperature, gradient norm", "sample_pairs": "Random pairs of the validation data", "text_to_image": "From words to pictures: two queries answered rightly and two wrongly, by the order of the seed",
@@ -263,9 +257,9 @@ def report_text(model, config, results, run):
     "The Markdown of report.md."
     metrics = pd.read_csv(Path(run)/"metrics.csv") if (Path(run)/"metrics.csv").is_file() else None
     beside = "beside chance and the ceiling, the recall of an oracle that reads the truth of the scenes" if "ceiling" in results else "beside chance"
-    parts = [f"# A run of clip475: {Path(run).name}", _markdown_table(parameter_table(model)),
+    parts = [f"# A run of clip475: {Path(run).name}", markdown_table(parameter_table(model)),
              *_time_text(results),
-             "## Retrieval", f"Recall on unseen images {beside}; any caption of an image counts, ties count against the model.", _markdown_table(retrieval_table(results), index=True), *_test_text(results), "![Recall](figures/recall.png)",
+             "## Retrieval", f"Recall on unseen images {beside}; any caption of an image counts, ties count against the model.", markdown_table(retrieval_table(results).reset_index(names="")), *_test_text(results), "![Recall](figures/recall.png)",
              "## Data", _data_text(config, results), "## Training", _training_text(metrics, config)]
     for name, title in _FIGURES.items():
         if (Path(run)/"figures"/f"{name}.png").is_file(): parts += [f"**{title}**", f"![{title}](figures/{name}.png)"]

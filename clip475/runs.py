@@ -58,28 +58,26 @@ def _read_checkpoint(file):
 
 # %% ../nbs/09b_runs.ipynb #54eeb4ae
 def _newest_usable(run, config, warn):
-    "The newest checkpoint that can be read and is of `config`, and its file; what is passed over is named to `warn` and set aside."
+    "The content of the newest checkpoint that can be read and is of `config`; what is passed over is named to `warn` and set aside."
     files, problems = checkpoint_files(run), []
     if not files: raise LabError(f"{Path(run)/'checkpoint'}: there is no checkpoint to resume from; start a new run without --resume")
     for file in files:
         try:
             content = _read_checkpoint(file)
-            _check_same(content, file, config, {})
+            _check_config(content, file, config)
         except LabError as e: problems.append(str(e))
         else:
             for problem, old in zip(problems, files):
                 warn(f"{problem}; going on from the one before, {file.name}")
                 old.rename(old.with_suffix(".unusable"))
-            return content, file
+            return content
     raise LabError(f"{problems[0]}, and no other in its folder will do; resume with the run's own config.json, or start a new run")
 
 _FREE = ("data", "text_model", "text_revision", "backbone_weights", "test_images", "checkpoint_minutes", "checkpoint_steps")     # places, known by their content, and what computes nothing
 
-def _check_same(content, file, config, data):
+def _check_config(content, file, config):
     differ = [k for k, v in config.to_dict().items() if k not in _FREE and content["config"].get(k) != v]
     if differ: raise LabError(f"{file}: this run was started with another {', '.join(differ)}")
-    changed = [k for k, v in data.items() if content["data"].get(k) != v]
-    if changed: raise LabError(f"{file}: this run was started on other data ({', '.join(changed)} changed); restore them, or start a new run")
 
 # %% ../nbs/09b_runs.ipynb #812bdcd8
 def _fill(state, content):
@@ -93,14 +91,11 @@ def _fill(state, content):
     for name in ("step", "metrics", "log", "seconds", "best", "data"): setattr(state, name, content[name])
     return state
 
-def load_checkpoint(config, run, data={}, us=None, warn=lambda message: tqdm.write(message, file=sys.stderr)):
-    """The `TrainState` of the newest whole checkpoint in `run`, ready to go on.
+def load_checkpoint(config, run, us=None, warn=lambda message: tqdm.write(message, file=sys.stderr)):
+    """The `TrainState` of the newest whole checkpoint of `config` in `run`, ready to go on.
 
-    `data`: fingerprints that must be those of the run. A damaged file is named to `warn` and the one before is used;
-    none that fits the configuration, or other data, raises `LabError`."""
-    content, file = _newest_usable(run, config, warn)
-    _check_same(content, file, config, data)
-    return _fill(start_training(config, us, backbone_weights=False), content)
+    A damaged or foreign file is named to `warn` and the one before is used; where none will do, raises `LabError`."""
+    return _fill(start_training(config, us, backbone_weights=False), _newest_usable(run, config, warn))
 
 # %% ../nbs/09b_runs.ipynb #f72998bb
 _TRACES = ("metrics.csv", "model.safetensors", "checkpoint/step-*.pt")     # a run that was killed before its first checkpoint left nothing worth keeping
@@ -208,6 +203,7 @@ def told_what_failed(state, config, run):
     "Adds to an error of training what the reader needs to go on."
     try: yield
     except RuntimeError as e:
+        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")): raise LabError(f"compiling the image tower failed ({str(e).strip().splitlines()[0][:120]}); leave compile false, or install a C++ compiler") from e
         if not _no_memory(e): raise
         mine = min(config.micro_batch or config.batch_size, config.batch_size//state.us.count)
         raise LabError(f"the memory does not suffice for {mine} images at a time after step {state.step}; in a new run, try --set micro_batch={max(mine//2, 1)}, which keeps the {config.batch_size - 1} negatives, or --set batch_size={max(config.batch_size//2, 2)}") from e
@@ -215,9 +211,6 @@ def told_what_failed(state, config, run):
         if "diverged" not in str(e): raise
         kept = next((f for f in checkpoint_files(run)), None)
         raise LabError(f"{e}; " + (f"the last good checkpoint is {kept}" if kept else "no checkpoint was written before")) from None
-    except Exception as e:
-        if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")): raise
-        raise LabError(f"compiling the image tower failed ({str(e).strip().splitlines()[0][:120]}); leave compile false, or install a C++ compiler") from e
 
 # %% ../nbs/09b_runs.ipynb #3aae9cab
 def data_of(model, **splits):
@@ -229,7 +222,8 @@ def _begin(config, train, val, run, resume, us):
     resume = resume and bool(checkpoint_files(run))      # killed before the first checkpoint: begin again
     state = load_checkpoint(config, run, us=us) if resume else start_training(config, us)
     data = data_of(state.model, train=train, val=val)
-    if resume: _check_same({"config": config.to_dict(), "data": state.data}, Path(run)/"checkpoint", config, data)
+    changed = [name for name, v in data.items() if resume and state.data.get(name) != v]
+    if changed: raise LabError(f"{run}: this run was started on other data ({', '.join(changed)} changed); restore them, or start a new run")
     state.data = data
     return state
 

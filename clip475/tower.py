@@ -14,7 +14,7 @@ import numpy as np, torch
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from .core import LabConfig, autocast_dtype, save_tensors, seed_everything, write_json, write_text
+from .core import LabConfig, autocast, save_tensors, seed_everything, write_json, write_text
 from .images import normalize
 from .loss import clamp_logit_scale_, info_nce
 from .model import DualEncoder, ImageEncoder, build_backbone, projection_head, trainable_parameters
@@ -47,8 +47,7 @@ def scene_batch(indices, tokenizer, rng, config):
 
 def towers_step(model, optimizer, pixels, tokens, config):
     "One step of both towers on B pairs; returns the loss. Gradients are clipped at norm 1: both ends of the comparison move."
-    dtype = autocast_dtype(config, torch.device("cpu"))
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+    with autocast(config, torch.device("cpu")):
         images, texts = model.encode_image(normalize(pixels, config.image_mean, config.image_std)), model.encode_text(**tokens)
     loss = info_nce(images, texts, model.logit_scale)
     optimizer.zero_grad(set_to_none=True)

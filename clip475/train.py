@@ -24,12 +24,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from .coco import CaptionSplit
-from .core import LabConfig, LabError, autocast_dtype, cache_dir, fingerprint, pick_device, seed_everything
+from .core import LabError, autocast, autocast_dtype, cache_dir, fingerprint, pick_device, seed_everything
 from .distributed import Processes, gather_rows, share_of, shared, unsynchronised
 from .gradcache import cached_backward
 from .images import BadImages, augment, batches, caption_choice, caption_choices, epoch_order, normalize, pack_images, packed_size
 from .layouts import read_splits
-from .loss import clamp_logit_scale_, contrastive_loss, info_nce
+from .loss import clamp_logit_scale_, contrastive_loss
 from .model import DualEncoder, build_model, parameter_groups
 from .scenes import prepare_scenes
 from .text import caption_embeddings, load_text_encoder, load_tokenizer
@@ -149,8 +149,7 @@ def training_mode(model, config):
 # %% ../nbs/09_train.ipynb #c4f0d44c
 def _embed(state, pixels, config):
     "Unit-norm embeddings (b, D) of uint8 pixels (b, S, S, 3), in the run's arithmetic."
-    dtype, device = autocast_dtype(config, state.us.device), state.us.device.type
-    with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+    with autocast(config, state.us.device):
         return state.encode(normalize(pixels, config.image_mean, config.image_std))
 
 def _backward(state, pixels, loss_of, config):
@@ -279,11 +278,10 @@ def train_epoch(state, train, config, progress=True, after_step=lambda state: No
 def embed_images(model, pixels, config, batch_size=256):
     "Unit-norm embeddings (N, D) float32, on the CPU, of pixels (N, S, S, 3) uint8; the model is left in the mode that it was in."
     mode, device = model.training, model.logit_scale.device
-    dtype = autocast_dtype(config, device)
     def embed(i): return model.encode_image(normalize(torch.from_numpy(np.array(pixels[i:i + batch_size])).to(device), config.image_mean, config.image_std)).float().cpu()
     model.eval()
     try:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32): return torch.cat([embed(i) for i in range(0, len(pixels), batch_size)])
+        with autocast(config, device): return torch.cat([embed(i) for i in range(0, len(pixels), batch_size)])
     finally: model.train(mode)
 
 # %% ../nbs/09_train.ipynb #133a1f22

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .coco import CaptionSplit
-from .core import LabConfig, autocast_dtype, fingerprint, seed_everything
+from .core import LabConfig, autocast, fingerprint, seed_everything
 from .images import normalize
 from .model import build_backbone
 from .scenes import COLOURS, KINDS, RELATION_WORDS, RELATIONS, VAL_START, WORDS, caption_scene, draw_scene, make_scene
@@ -115,8 +115,7 @@ def make_world(scale, seed=42):
 # %% ../nbs/10d_held_out.ipynb #ca90e407
 def autocast_of(config):
     "The arithmetic of a forward pass on the CPU, as a context."
-    dtype = autocast_dtype(config, torch.device("cpu"))
-    return torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
+    return autocast(config, torch.device("cpu"))
 
 def arm_config(scale, seed, backbone=None):
     "The `LabConfig` of all arms of one seed; `backbone`: the file of the common backbone."

@@ -25,12 +25,7 @@ COCO = LabConfig.from_preset("coco")
 CAPTIONS = ["a red boat", "two dogs left of a tree", "a man on a horse in the snow, at night", "boat", "a dog " * 60]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

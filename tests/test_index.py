@@ -22,12 +22,7 @@ OWNER = torch.arange(N).repeat_interleave(5 + torch.arange(N) % 3)
 OWNER = OWNER[torch.randperm(len(OWNER), generator=torch.Generator().manual_seed(3))]  # captions in no order
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def vectors(n, seed): return torch.randn(n, D, generator=torch.Generator().manual_seed(seed))

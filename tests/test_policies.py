@@ -23,12 +23,7 @@ GOLDEN = {"spec": 28_753_472, "locked-image": 63_428_096, "head-only": 5_245_440
 TRAINING = [p for p in POLICIES if p != "none"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

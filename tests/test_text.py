@@ -24,12 +24,7 @@ CAPTIONS = ["a red boat", "two dogs left of a tree", "A RED  boat", "a man on a 
 VAL = Path(__file__).parents[2]/"shared/data/coco2014/annotations/captions_val2014.json"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -162,6 +162,12 @@ def test_a_lack_of_memory_is_answered_with_what_to_try(data, tmp_path):
     fit(BASE.replace(epochs=1, micro_batch=8), *data, tmp_path/"run", progress=False)      # nothing was kept, so the advice can be followed at once
 
 
+def test_a_compiler_that_fails_is_told(data, tmp_path):
+    from torch._dynamo.exc import TorchDynamoException      # a RuntimeError, as what torch says of memory is
+    def failing(*args, **kwargs): raise TorchDynamoException("no C++ compiler")
+    with patch.object(train_module, "train_step", failing), pytest.raises(LabError, match="compiling the image tower failed.*leave compile false"): fit(BASE, *data, tmp_path/"run", progress=False)
+
+
 def test_a_truncated_or_foreign_checkpoint_is_passed_over(data, tmp_path):
     config, said = BASE.replace(checkpoint_steps=3), []
     fit(config, *data, tmp_path/"run", progress=False)
