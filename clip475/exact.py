@@ -131,7 +131,8 @@ def above_and_close(scores, bar, slack, peaks=None):
     """How many of each row of `scores` (n, m) lie surely above its `bar` (n,), and the places `(i, j)` within `slack` of it."""
     chunks, bar = _chunked(scores), bar.float()
     i, j = ((_along(chunks, torch.amax) if peaks is None else peaks) >= (bar - slack)[:, None]).nonzero(as_tuple=True)
-    return _few(chunks, i, j, bar, slack) if 4 * len(i) * CHUNK < scores.numel() else _all(chunks, bar, slack)
+    dear = 4 if chunks.stride(2) == 1 else 16  # a chunk of a transposed matrix is scattered over memory
+    return _few(chunks, i, j, bar, slack) if dear * len(i) * CHUNK < scores.numel() else _all(chunks, bar, slack)
 
 # %% ../nbs/09e_exact.ipynb #9323010e
 @contextmanager
