@@ -88,7 +88,7 @@ def pairing(query, gallery, gallery32=None):
     "A `Pairing` of checked embeddings; `gallery32` where the unit copy is there already."
     return Pairing(query, gallery, unit32(query), unit32(gallery) if gallery32 is None else gallery32, (query.shape[1] + 16) / GRID)
 
-def pair_scores(pairs, q, g, step=2**11):
+def pair_scores(pairs, q, g, step=2**10):
     "The definition for single pairs: cosines of query rows `q` and gallery rows `g`, each `(P,)`, float64 `(P,)`."
     out = torch.empty(len(q), dtype=torch.float64, device=q.device)
     for start in range(0, len(q), step):
@@ -103,13 +103,10 @@ def _chunked(scores):
     "(n, C, CHUNK): the scores of each row in chunks; the last one is filled with −9, which no cosine is."
     return F.pad(scores, (0, -scores.shape[1] % CHUNK), value=-9.).unflatten(1, (-1, CHUNK)) if scores.shape[1] % CHUNK else scores.unflatten(1, (-1, CHUNK))
 
-def _along(chunks, extreme):
-    "`amax` or `amin` of each chunk, `(n, C)`, in the order that memory has: for a transposed matrix the plain way is thirty times slower."
-    return extreme(chunks, 2) if chunks.stride(2) == 1 else extreme(chunks.movedim(0, 2), 1).T
-
 def peaks_of(scores):
-    "The highest score of each chunk of each row, `(n, C)`."
-    return _along(_chunked(scores), torch.amax)
+    "The highest score of each chunk of each row, `(n, C)`, found in the order that memory has: for a transposed matrix the plain way is thirty times slower."
+    chunks = _chunked(scores)
+    return chunks.amax(2) if chunks.stride(2) == 1 else chunks.movedim(0, 2).amax(1).T
 
 def _few(chunks, i, j, bar, slack):
     "Above and close, looked at in the chunks (i, j) alone."
@@ -118,21 +115,22 @@ def _few(chunks, i, j, bar, slack):
     close, k = (gap.abs_() <= slack).nonzero(as_tuple=True)
     return above, i[close], j[close] * CHUNK + k
 
-def _all(chunks, bar, slack):
+def _all(scores, bar, slack):
     "The same where most chunks reach the bar: everything is looked at."
-    gap = chunks - bar[:, None, None]
-    above = torch.gt(gap, slack, out=torch.empty_like(gap)).sum((1, 2)).long()  # sums of floats are quicker, and exact here
-    i, j = (_along(gap.abs_(), torch.amin) <= slack).nonzero(as_tuple=True)
-    close, k = (gap[i, j] <= slack).nonzero(as_tuple=True)
-    return above, i[close], j[close] * CHUNK + k
+    def count(compare, level): return compare(scores, level[:, None], out=torch.empty_like(scores)).sum(1)  # sums of floats are quicker, and exact here
+    above = count(torch.gt, bar + slack)
+    i = (count(torch.ge, bar - slack) > above).nonzero()[:, 0]  # rows with close calls
+    close, j = ((scores[i] - bar[i, None]).abs_() <= slack).nonzero(as_tuple=True)
+    return above.long(), i[close], j
 
 # %% ../nbs/09e_exact.ipynb #d705a541
 def above_and_close(scores, bar, slack, peaks=None):
     """How many of each row of `scores` (n, m) lie surely above its `bar` (n,), and the places `(i, j)` within `slack` of it."""
-    chunks, bar = _chunked(scores), bar.float()
-    i, j = ((_along(chunks, torch.amax) if peaks is None else peaks) >= (bar - slack)[:, None]).nonzero(as_tuple=True)
-    dear = 4 if chunks.stride(2) == 1 else 16  # a chunk of a transposed matrix is scattered over memory
-    return _few(chunks, i, j, bar, slack) if dear * len(i) * CHUNK < scores.numel() else _all(chunks, bar, slack)
+    bar = bar.float()
+    near = (peaks_of(scores) if peaks is None else peaks) >= (bar - slack)[:, None]  # (n, C)
+    dear = 4 if scores.stride(1) == 1 else 16  # a chunk of a transposed matrix is scattered over memory
+    if dear * CHUNK * near.sum() > scores.numel(): return _all(scores, bar, slack)
+    return _few(_chunked(scores), *near.nonzero(as_tuple=True), bar, slack)
 
 # %% ../nbs/09e_exact.ipynb #9323010e
 @contextmanager
@@ -150,7 +148,7 @@ def tiles(pairs, block=None):
     Without `block`: 2²⁰ on a CPU, which its cache holds, 2²⁶ on a GPU."""
     device, (n, m) = pairs.query32.device, (len(pairs.query32), len(pairs.gallery32))
     block = block or (2**26 if device.type == "cuda" else 2**20)
-    tall = min(n, max(1, isqrt(block) // 2))
+    tall = min(n, max(1, isqrt(block)))
     wide = max(1, block // tall // CHUNK) * CHUNK
     with _full_float32(device):
         for top in range(0, n, tall):
@@ -166,14 +164,28 @@ class Ahead:
     `bar` `(Q,)` in float64 is the definition's score of the best right answer; right is what has the query's label."""
     def __init__(self, pairs, query_labels, gallery_labels, bar):
         self.pairs, self.labels, self.bar = pairs, (query_labels, gallery_labels), bar
-        self.count = torch.zeros_like(query_labels)
+        self._sure, self._close, self._waiting = torch.zeros_like(query_labels), [], 0
 
     def add(self, rows, cols, scores, peaks=None):
         above, i, j = above_and_close(scores, self.bar[rows], self.pairs.slack, peaks)
-        if len(i) > max(scores.numel() // 16, 4096): self.count[rows] += self._in_float64(rows, cols)
-        else: self.count[rows] += above.index_add_(0, i, self._ahead(i + rows.start, j + cols.start).long())
+        if len(i) > max(scores.numel() // 16, 4096): self._sure[rows] += self._in_float64(rows, cols)
+        else:
+            self._sure[rows] += above
+            self._close.append((i + rows.start, j + cols.start))
+            self._waiting += len(i)
+        if self._waiting > 2**15: self._settle()
 
-    def _ahead(self, q, g): return (pair_scores(self.pairs, q, g) >= self.bar[q]) & (self.labels[0][q] != self.labels[1][g])
+    @property
+    def count(self):
+        self._settle()
+        return self._sure
+
+    def _settle(self):
+        "Close calls are many small questions; they are put to the definition together."
+        if self._waiting:
+            q, g = (torch.cat(x) for x in zip(*self._close))
+            self._sure.index_add_(0, q, ((pair_scores(self.pairs, q, g) >= self.bar[q]) & (self.labels[0][q] != self.labels[1][g])).long())
+        self._close, self._waiting = [], 0
 
     def _in_float64(self, rows, cols):
         scores = (unit(self.pairs.query[rows]) @ unit(self.pairs.gallery[cols]).T).mul_(GRID).round_().div_(GRID)
