@@ -71,7 +71,7 @@ class Scale:
     pretrain: int      # steps that make the backbone all arms begin with
 
 SCALES = {"micro": Scale(96, 16, 8, 32, 24, 2, 4, (1, 2), 4),
-          "tiny": Scale(1280, 200, 60, 40, 64, 6, 20, (1, 2, 3), 200),
+          "tiny": Scale(1280, 200, 60, 40, 64, 5, 20, (1, 2, 3), 200),
           "full": Scale(8000, 1000, 200, 64, 128, 6, 62, (1, 2, 3, 4, 5), 600)}
 
 # %% ../nbs/10d_held_out.ipynb #7df8bcc8
