@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 from .core import LabError
 from .exact import check_embeddings, check_labels
-from .pixels import normalize
 from .retrieval import WAYS, captions_per_image, check_k, check_sets, evaluate_retrieval, percent
+from .train import embed_images
 
 # %% ../nbs/10a_baselines.ipynb #d8539125
 class LinearMap(NamedTuple):
@@ -49,14 +49,9 @@ def caption_means(text_embeddings, caption_image, images):
     return texts.new_zeros(images, texts.shape[1]).index_add_(0, owner, texts) / counts[:, None]
 
 # %% ../nbs/10a_baselines.ipynb #3cdf5a00
-@torch.no_grad()
 def backbone_features(model, pixels, config, batch_size=256):
     "What the backbone makes of pixels `(N, S, S, 3)` uint8, before the head: `(N, F)` float32 on the CPU; the model's mode is kept."
-    mode, device = model.training, model.logit_scale.device
-    model.eval()
-    try: return torch.cat([model.image_encoder.backbone(normalize(torch.from_numpy(np.array(pixels[i:i + batch_size])).to(device), config.image_mean, config.image_std)).float().cpu()
-                           for i in range(0, len(pixels), batch_size)])
-    finally: model.train(mode)
+    return embed_images(model, pixels, config, batch_size, model.image_encoder.backbone)
 
 # %% ../nbs/10a_baselines.ipynb #a5bf2da6
 def compare_retrieval(results):

@@ -115,21 +115,22 @@ def _few(chunks, i, j, bar, slack):
     close, k = (gap.abs_() <= slack).nonzero(as_tuple=True)
     return above, i[close], j[close] * CHUNK + k
 
-def _all(scores, bar, slack):
-    "The same where most chunks reach the bar: everything is looked at."
-    def count(compare, level): return compare(scores, level[:, None], out=torch.empty_like(scores)).sum(1)  # sums of floats are quicker, and exact here
+def _all(scores, bar, slack, scratch=None):
+    "The same where most chunks reach the bar: everything is looked at. `scratch`: room for as many scores, laid out alike."
+    scratch = torch.empty_like(scores) if scratch is None else scratch
+    def count(compare, level): return compare(scores, level[:, None], out=scratch).sum(1)  # sums of floats are quicker, and exact here
     above = count(torch.gt, bar + slack)
     i = (count(torch.ge, bar - slack) > above).nonzero()[:, 0]  # rows with close calls
     close, j = ((scores[i] - bar[i, None]).abs_() <= slack).nonzero(as_tuple=True)
     return above.long(), i[close], j
 
 # %% ../nbs/09e_exact.ipynb #d705a541
-def above_and_close(scores, bar, slack, peaks=None):
+def above_and_close(scores, bar, slack, peaks=None, scratch=None):
     """How many of each row of `scores` (n, m) lie surely above its `bar` (n,), and the places `(i, j)` within `slack` of it."""
     bar = bar.float()
     near = (peaks_of(scores) if peaks is None else peaks) >= (bar - slack)[:, None]  # (n, C)
-    dear = 4 if scores.stride(1) == 1 else 16  # a chunk of a transposed matrix is scattered over memory
-    if dear * CHUNK * near.sum() > scores.numel(): return _all(scores, bar, slack)
+    share = 4 if scores.stride(1) == 1 else 16
+    if share * CHUNK * int(near.sum()) > scores.numel(): return _all(scores, bar, slack, scratch)
     return _few(_chunked(scores), *near.nonzero(as_tuple=True), bar, slack)
 
 # %% ../nbs/09e_exact.ipynb #9323010e
@@ -145,29 +146,33 @@ def _full_float32(device):
 def tiles(pairs, block=None):
     """`(rows, cols, scores)`: the float32 matrix in tiles of about `block` scores, strip by strip of queries.
 
-    Without `block`: 2²⁰ on a CPU, which its cache holds, 2²⁶ on a GPU."""
+    Without `block`: 2²⁰ on a CPU, which its cache holds, 2²⁶ on a GPU. A tile is overwritten by the next one."""
     device, (n, m) = pairs.query32.device, (len(pairs.query32), len(pairs.gallery32))
     block = block or (2**26 if device.type == "cuda" else 2**20)
     tall = min(n, max(1, isqrt(block)))
-    wide = max(1, block // tall // CHUNK) * CHUNK
+    wide = min(m, (block // tall // CHUNK + 1) * CHUNK)  # no power of two: the scores of a column would fall into the same few lines of the cache
+    room = pairs.query32.new_empty(tall * wide)
     with _full_float32(device):
         for top in range(0, n, tall):
             rows = slice(top, min(top + tall, n))
             for left in range(0, m, wide):
                 cols = slice(left, min(left + wide, m))
-                yield rows, cols, pairs.query32[rows] @ pairs.gallery32[cols].T
+                height, width = rows.stop - top, cols.stop - left
+                yield rows, cols, torch.mm(pairs.query32[rows], pairs.gallery32[cols].T, out=room[:height * width].view(height, width))
 
 # %% ../nbs/09e_exact.ipynb #d6aa12e2
 class Ahead:
     """Counts, tile by tile, the wrong gallery items that score at least a query's bar: `count` (Q,) int64.
 
-    `bar` `(Q,)` in float64 is the definition's score of the best right answer; right is what has the query's label."""
+    `bar` `(Q,)` in float64 is the definition's score of the best right answer; right is what has the query's label. Close calls
+    wait until there are many, since the definition settles many at once in less time."""
     def __init__(self, pairs, query_labels, gallery_labels, bar):
         self.pairs, self.labels, self.bar = pairs, (query_labels, gallery_labels), bar
-        self._sure, self._close, self._waiting = torch.zeros_like(query_labels), [], 0
+        self._sure, self._close, self._waiting, self._room = torch.zeros_like(query_labels), [], 0, pairs.query32.new_empty(0)
 
     def add(self, rows, cols, scores, peaks=None):
-        above, i, j = above_and_close(scores, self.bar[rows], self.pairs.slack, peaks)
+        if len(self._room) < scores.numel(): self._room = scores.new_empty(scores.numel())  # kept: fresh memory costs a page fault every 4 KB
+        above, i, j = above_and_close(scores, self.bar[rows], self.pairs.slack, peaks, self._room.as_strided(scores.shape, scores.stride()))
         if len(i) > max(scores.numel() // 16, 4096): self._sure[rows] += self._in_float64(rows, cols)
         else:
             self._sure[rows] += above
@@ -181,7 +186,6 @@ class Ahead:
         return self._sure
 
     def _settle(self):
-        "Close calls are many small questions; they are put to the definition together."
         if self._waiting:
             q, g = (torch.cat(x) for x in zip(*self._close))
             self._sure.index_add_(0, q, ((pair_scores(self.pairs, q, g) >= self.bar[q]) & (self.labels[0][q] != self.labels[1][g])).long())

@@ -21,10 +21,11 @@ from PIL import Image, ImageOps
 
 from .core import LabError, atomic_path, fingerprint, one_of, read_json, write_json
 from .exact import check_embeddings, check_labels, first, pair_scores, pairing, unit32
-from .pixels import load_image, normalize, resize_square, to_rgb
+from .pixels import load_image, resize_square, to_rgb
 from .retrieval import captions_per_image
 from .text import encode_texts, known_token_share, weights_fingerprint
 from .tokens import token_lengths
+from .train import embed_images
 from .viz import GalleryRow
 
 # %% ../nbs/10b_search.ipynb #9b2ca6fd
@@ -48,13 +49,7 @@ def text_notes(text, tokenizer, tower, context_length=77):
 # %% ../nbs/10b_search.ipynb #2d2aac67
 def model_encoder(model, config, tokenizer):
     "The `Encoder` of a trained `DualEncoder`."
-    def see(pictures):
-        pixels = torch.from_numpy(np.stack([resize_square(p, config.image_size) for p in pictures]))  # (n, S, S, 3)
-        mode, pixels = model.training, normalize(pixels.to(model.logit_scale.device), config.image_mean, config.image_std)
-        model.eval()
-        try:
-            with torch.no_grad(): return model.encode_image(pixels).float().cpu()
-        finally: model.train(mode)
+    def see(pictures): return embed_images(model, np.stack([resize_square(p, config.image_size) for p in pictures]), config)
     return Encoder(lambda texts: encode_texts(texts, model.text_encoder, tokenizer, config.context_length), see,
                    lambda text: text_notes(text, tokenizer, model.text_encoder, config.context_length), fingerprint(weights_fingerprint(model.image_encoder), weights_fingerprint(model.text_encoder)))
 

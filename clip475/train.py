@@ -275,10 +275,12 @@ def train_epoch(state, train, config, progress=True, after_step=lambda state: No
 
 # %% ../nbs/09_train.ipynb #2cedad6b
 @torch.no_grad()
-def embed_images(model, pixels, config, batch_size=256):
-    "Unit-norm embeddings (N, D) float32, on the CPU, of pixels (N, S, S, 3) uint8; the model is left in the mode that it was in."
-    mode, device = model.training, model.logit_scale.device
-    def embed(i): return model.encode_image(normalize(torch.from_numpy(np.array(pixels[i:i + batch_size])).to(device), config.image_mean, config.image_std)).float().cpu()
+def embed_images(model, pixels, config, batch_size=256, encode=None):
+    """Unit-norm embeddings (N, D) float32, on the CPU, of pixels (N, S, S, 3) uint8; the model is left in the mode that it was in.
+
+    `encode`: another function of normalised pixels (B, 3, S, S) than `model.encode_image`, a part of the model."""
+    mode, device, encode = model.training, model.logit_scale.device, encode or model.encode_image
+    def embed(i): return encode(normalize(torch.from_numpy(np.array(pixels[i:i + batch_size])).to(device), config.image_mean, config.image_std)).float().cpu()
     model.eval()
     try:
         with autocast(config, device): return torch.cat([embed(i) for i in range(0, len(pixels), batch_size)])
