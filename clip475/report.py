@@ -6,7 +6,7 @@
 __all__ = ['recall_columns', 'ceiling_of', 'results_of', 'build_index', 'open_index', 'text_to_image_figure',
            'image_to_text_figure', 'sample_pairs_figure', 'similarity_figure', 'loss_figure', 'recall_curves_figure',
            'recall_figure', 'hardware', 'check_config', 'run_lab', 'open_run', 'evaluate_run', 'describe_data',
-           'draw_figures', 'report_text', 'search_run']
+           'draw_figures', 'draw_mistakes', 'report_text', 'search_run']
 
 # %% ../nbs/14_report.ipynb #7300abae
 import json, math, platform, re
@@ -21,6 +21,7 @@ from .core import LabError, autocast_dtype, fingerprint, new_run_folder, pick_de
 from .distributed import first_goes_first, processes, share_of, told_by_first
 from .images import load_image
 from .index import SearchIndex, model_encoder
+from .mistakes import RULES, mistake_numbers
 from .splits import split_record
 from .loss import check_loss
 from .model import build_backbone, load_model, parameter_table
@@ -194,8 +195,10 @@ def _finish(model, config, run, train, val, test, trained, start, query=None):
     index = build_index(image_embeddings, model, val, config, run)
     results = {"run": str(run)} | results_of(image_embeddings, val) | describe_data(model, config, train, val, test)
     for held_out in test: results["test"] = results_of(embed_images(model, held_out.pixels, config), held_out)
+    results["mistakes"] = mistake_numbers(index)
     if trained: results["training"] = trained
     draw_figures(image_embeddings, val, config, results, run)
+    draw_mistakes(index, run)
     results["evaluation"] = {"hardware": hardware(config, model.logit_scale.device)}
     results["seconds"] = round(perf_counter() - start, 1)
     write_json(Path(run)/"results.json", results)
@@ -218,6 +221,13 @@ def draw_figures(image_embeddings, val, config, results, run):
         metrics = pd.read_csv(Path(run)/"metrics.csv")
         figures |= {"loss": loss_figure(metrics, config), "recall_curves": recall_curves_figure(metrics), "curves": run_figure(run)}
     for name, figure in figures.items(): save_figure(figure, Path(run)/"figures"/f"{name}.png")
+
+def draw_mistakes(index, run):
+    "Write the galleries of `clip475.mistakes` into `run/figures`; a rule that finds nothing draws nothing."
+    for name, (_, rule) in RULES.items():
+        path = Path(run)/"figures"/f"{name}.png"
+        path.unlink(missing_ok=True)     # of an earlier evaluation
+        if rows := rule(index): save_figure(plot_gallery(rows, size=1.2), path)
 
 # %% ../nbs/14_report.ipynb #96668065
 def _data_text(config, results):
@@ -245,6 +255,11 @@ def _time_text(results):
     lines = [f"**Training:** {trained['seconds']} s, validation included, in {trained['processes']} process{'es' if trained['processes'] > 1 else ''}; the model is that of epoch {trained['best_epoch']}, the best by recall. **Hardware:** {_machine(trained['hardware'])}."] if trained else []
     return [*lines, f"**This report:** {results['seconds']} s for the whole command. **Hardware:** {_machine(results['evaluation']['hardware'])}."]
 
+def _mistakes_text(results):
+    found = results["mistakes"]
+    return (f"Chosen by rule, not by hand. Of all captions {found['first_is_wrong']:.1%} find another picture first; {found['better_elsewhere']:.1%} fit that one better than its own captions do, "
+            f"which may be the benchmark's mistake. {found['anti_hubs']:.1%} of the pictures are among the first ten of no caption; the skewness of how often they are is {found['hub_skewness']:.1f} (0: evenly spread).")
+
 def _test_text(results):
     "The recall on the third split, where there is one: its images chose nothing."
     return ["The best epoch was chosen on the images above. On a test split that chose nothing:", markdown_table(retrieval_table(results["test"]).reset_index(names=""))] if "test" in results else []
@@ -252,6 +267,10 @@ def _test_text(results):
 # %% ../nbs/14_report.ipynb #84211f3d
 _FIGURES = {"loss": "Loss", "recall_curves": "Recall while training", "curves": "The whole run: loss, recall, learning rate, temperature, gradient norm", "sample_pairs": "Random pairs of the validation data", "text_to_image": "From words to pictures: two queries answered rightly and two wrongly, by the order of the seed",
             "image_to_text": "From pictures to words, chosen in the same way", "similarity": "Similarity of one caption each (rows) of eight images (columns); right pairs are framed"}
+
+def _figures(titles, run):
+    "Title and picture of those figures that were drawn."
+    return [text for name, title in titles.items() if (Path(run)/"figures"/f"{name}.png").is_file() for text in (f"**{title}**", f"![{title}](figures/{name}.png)")]
 
 def report_text(model, config, results, run):
     "The Markdown of report.md."
@@ -261,8 +280,7 @@ def report_text(model, config, results, run):
              *_time_text(results),
              "## Retrieval", f"Recall on unseen images {beside}; any caption of an image counts, ties count against the model.", markdown_table(retrieval_table(results).reset_index(names="")), *_test_text(results), "![Recall](figures/recall.png)",
              "## Data", _data_text(config, results), "## Training", _training_text(metrics, config)]
-    for name, title in _FIGURES.items():
-        if (Path(run)/"figures"/f"{name}.png").is_file(): parts += [f"**{title}**", f"![{title}](figures/{name}.png)"]
+    parts += [*_figures(_FIGURES, run), "## What went wrong", _mistakes_text(results), *_figures({name: title for name, (title, _) in RULES.items()}, run)]
     changes = ", ".join(f"{k} = {v}" for k, v in config.changes().items()) or "nothing"
     return "\n\n".join([*parts, "## To run it again", f"Preset `{config.preset}`, changed: {changes}.", f"```\nclip475 train --config {run}/config.json\n```"]) + "\n"
 
