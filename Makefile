@@ -8,7 +8,8 @@ PYTHON ?=
 ARGS   ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Without --no-compile pip compiles ten thousand files that nobody imports.
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 
 # The lab never needs the hub, a display or a download.

@@ -69,7 +69,7 @@ def cosine_blocks(query_embeddings, gallery_embeddings, block=2**22):
 
 # %% ../nbs/09e_exact.ipynb #cd1d2224
 class Pairing(NamedTuple):
-    "Queries and gallery as given, `(Q, D)` and `(G, D)`, beside copies in float32 of length 1, and the `slack` between a float32 score and the definition."
+    "Queries and gallery as given, `(Q, D)` and `(G, D)`, beside the same in float32 of length 1, and the `slack` between a float32 score and the definition."
     query: torch.Tensor
     gallery: torch.Tensor
     query32: torch.Tensor
@@ -84,9 +84,14 @@ def unit32(embeddings, step=2**14):
     for start in range(0, len(out), step): out[start:start + step] = unit(embeddings[start:start + step])
     return out
 
+def _near_unit(embeddings):
+    "Are all float32 and of length 1, to 4 · 2⁻²⁴? The slack has room for that, and a copy is saved."
+    return embeddings.dtype == torch.float32 and bool(((torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float64) - 1).abs() <= 4 / GRID).all())
+
 def pairing(query, gallery, gallery32=None):
     "A `Pairing` of checked embeddings; `gallery32` where the unit copy is there already."
-    return Pairing(query, gallery, unit32(query), unit32(gallery) if gallery32 is None else gallery32, (query.shape[1] + 16) / GRID)
+    gallery32 = (gallery if _near_unit(gallery) else unit32(gallery)) if gallery32 is None else gallery32
+    return Pairing(query, gallery, query if _near_unit(query) else unit32(query), gallery32, (query.shape[1] + 16) / GRID)
 
 def pair_scores(pairs, q, g, step=2**10):
     "The definition for single pairs: cosines of query rows `q` and gallery rows `g`, each `(P,)`, float64 `(P,)`."

@@ -11,7 +11,7 @@ from PIL import Image
 
 from clip475.core import LabConfig, LabError
 from clip475.index import MANIFEST, Encoder, SearchIndex, combine, leading_first, model_encoder, picture_of, text_notes
-from clip475.mistakes import better_elsewhere, confident_mistakes, hubs, k_occurrence, skewness, worst_ranks
+from clip475.mistakes import better_elsewhere, confident_mistakes, hubs, k_occurrence, mistake_numbers, skewness, worst_ranks
 from clip475.model import build_model
 from clip475.retrieval import search
 from clip475.text import load_text_encoder
@@ -201,7 +201,7 @@ def test_what_the_tower_cannot_read_is_said():
 
 def test_a_trained_models_encoder():
     torch.manual_seed(0)
-    config = LabConfig.from_preset("tiny")
+    config = LabConfig.from_preset("tiny", precision="fp32")
     model = build_model(config).train()
     encoder = model_encoder(model, config, load_tokenizer())
     pictures = [Image.new("RGB", (50, 30), c) for c in ("red", "blue")]
@@ -232,3 +232,16 @@ def test_mistakes_follow_their_rules(index):
 def test_a_perfect_model_makes_no_mistakes():
     perfect = SearchIndex.build(torch.eye(4), [""] * 4, range(4), torch.eye(4), list("abcd"), range(4))
     assert confident_mistakes(perfect) == better_elsewhere(perfect) == []
+    assert mistake_numbers(perfect) == {"first_is_wrong": 0, "better_elsewhere": 0, "hub_skewness": 0, "anti_hubs": 0}
+
+
+def test_the_numbers_of_mistakes(index):
+    scores = (index.text_embeddings @ index.image_embeddings.T).double()
+    owner = torch.as_tensor(index.table["image_row"].to_numpy().copy())
+    own = scores.gather(1, owner[:, None])[:, 0]
+    best, other = scores.max(1)
+    usual = torch.stack([own[owner == i].mean() for i in range(N)])
+    found = mistake_numbers(index, 5)
+    assert found["first_is_wrong"] == (best > own).double().mean() and found["better_elsewhere"] == ((best > own) & (best > usual[other])).double().mean()
+    assert found["anti_hubs"] == (torch.bincount(scores.topk(5).indices.flatten(), minlength=N) == 0).double().mean()
+    assert mistake_numbers(index)["hub_skewness"] == skewness(k_occurrence(index, min(10, N)))
