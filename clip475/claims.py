@@ -14,7 +14,7 @@ from statistics import mean, median, stdev
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.ticker import NullFormatter
-from scipy.stats import t as student_t
+from scipy.stats import f as f_ratio, t as student_t
 
 from .core import LabError
 from .experiments import check_alike
@@ -133,9 +133,11 @@ def verdict_stability(result):
     moved = average(result, "all", lambda r: max(p.get("movement", 0) for p in r["points"]))
     calmer = difference(result, "all", "spec", wavering)
     spread = [stdev(values_of(result, a, last_loss).values()) for a in ("spec", "all")]
+    limit = float(f_ratio.ppf(.975, *[len(values_of(result, a, last_loss)) - 1 for a in ("all", "spec")]))**.5
+    diverged = sorted({r["arm"] for r in result["results"] if None in r["blocks"]["loss"]})
     return Verdict("Fixing one encoder provides a stable target",
                    f"largest movement of the trained target in a step: {moved:.4f} (1 − cosine), of the frozen one: 0; gradients waver by {average(result, 'spec', wavering):.0%} (frozen) and {average(result, 'all', wavering):.0%} (trained), difference {said(calmer)}; the final loss differs between seeds by {spread[0]:.3f} and {spread[1]:.3f} (standard deviation).",
-                   f"The target stands still by definition. Calmer gradients: {word_for(calmer)}. Seeds that agree more: three of them cannot say; a ratio of two standard deviations would have to exceed about 6 (F test, 5 %). No arm diverged that had L2.")
+                   f"The target stands still by definition. Calmer gradients: {word_for(calmer)}. Seeds that agree more: {'supported' if spread[1] > limit*spread[0] else 'not decided by these seeds'}; the ratio of two such deviations would have to exceed {limit:.1f} (F test, 5 %). Arms that diverged: {', '.join(diverged) or 'none'}.")
 
 # %% ../nbs/10f_seven_claims.ipynb #1e55d9ee
 def recall_on_the_way(r):
