@@ -227,7 +227,7 @@ def draw_mistakes(index, run):
     for name, (_, rule) in RULES.items():
         path = Path(run)/"figures"/f"{name}.png"
         path.unlink(missing_ok=True)     # of an earlier evaluation
-        if rows := rule(index): save_figure(plot_gallery(rows, size=1.2), path)
+        if rows := rule(index, n=2): save_figure(plot_gallery(rows, size=1.2), path)
 
 # %% ../nbs/14_report.ipynb #96668065
 def _data_text(config, results):
