@@ -33,8 +33,8 @@ def measure(data, size, figures=None):
     for name, images in models.items():
         index = SearchIndex.build(images, val.image_paths, val.image_ids, val_texts, val.captions, val.caption_image)
         found[name] = {"numbers": {k: round(v, 4) for k, v in mistake_numbers(index).items()}}
-        for rule, (_, rows) in RULES.items() if figures else ():
-            if rows(index): save_figure(plot_gallery(rows(index)), Path(figures)/f"{name.split()[0]} {rule}.png")
+        for rule, (_, find) in RULES.items() if figures else ():
+            if rows := find(index): save_figure(plot_gallery(rows), Path(figures)/f"{name.split()[0]} {rule}.png")
     return {"train_images": len(train), "images": len(val), "captions": len(val.captions), "models": found}
 
 

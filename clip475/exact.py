@@ -93,6 +93,7 @@ def pairing(query, gallery, gallery32=None):
     gallery32 = (gallery if _near_unit(gallery) else unit32(gallery)) if gallery32 is None else gallery32
     return Pairing(query, gallery, query if _near_unit(query) else unit32(query), gallery32, (query.shape[1] + 16) / GRID)
 
+# %% ../nbs/09e_exact.ipynb #f11d42bf
 def pair_scores(pairs, q, g, step=2**10):
     "The definition for single pairs: cosines of query rows `q` and gallery rows `g`, each `(P,)`, float64 `(P,)`."
     out = torch.empty(len(q), dtype=torch.float64, device=q.device)

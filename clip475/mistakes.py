@@ -45,16 +45,16 @@ def confident_mistakes(index, n=3, k=4):
 
 # %% ../nbs/10c_mistakes.ipynb #38ef2968
 def _excess(index):
-    "For each caption by how much another picture's score exceeds what that picture's own captions have on average (−∞: its own picture is first, or the other is usually better), its two scores, and their image rows."
+    "For each caption by how much another picture's score exceeds what that picture's own captions have on average (−∞: its own picture is first, or the other is usually better), its rank, its two scores, and their image rows."
     rank, own, pairs, owner = _ranks(index)
     best, other = (x[:, 0] for x in first(pairs, 1))
     usual = torch.zeros(len(index), dtype=torch.float64).scatter_reduce_(0, owner, own, "mean", include_self=False)  # (N,) how well own captions fit
     excess = best - usual[other]
-    return torch.where((rank > 1) & (best > own) & (excess > 0), excess, -torch.inf), own, best, owner, other
+    return torch.where((rank > 1) & (best > own) & (excess > 0), excess, -torch.inf), rank, own, best, owner, other
 
 def better_elsewhere(index, n=3):
     "Gallery rows of `n` captions that fit another picture better than that picture's own captions do, on average: their own picture, then the other."
-    excess, own, best, owner, other = _excess(index)
+    excess, _, own, best, owner, other = _excess(index)
     def row(c):
         rows = [int(owner[c]), int(other[c])]
         return GalleryRow(index.table["caption"].iloc[c], [load_image(index.path(r)) for r in rows], [True, False], [float(own[c]), float(best[c])])
@@ -89,6 +89,6 @@ RULES = {"worst_ranks": ("The worst ranks: the first pictures for a caption, and
 def mistake_numbers(index, k=10):
     """Shares of all captions whose first picture is wrong and of those that fit better elsewhere (0 to 1), the skewness of the k-occurrence,
     and the share of images that no caption has among its first `k` (anti-hubs, Radovanović et al. 2010). `k` is at most the gallery."""
-    counts = k_occurrence(index, min(k, len(index)))
-    return {"first_is_wrong": (_ranks(index)[0] > 1).double().mean().item(), "better_elsewhere": _excess(index)[0].isfinite().double().mean().item(),
+    counts, (excess, rank, *_) = k_occurrence(index, min(k, len(index))), _excess(index)
+    return {"first_is_wrong": (rank > 1).double().mean().item(), "better_elsewhere": excess.isfinite().double().mean().item(),
             "hub_skewness": skewness(counts), "anti_hubs": (counts == 0).double().mean().item()}
