@@ -1,1 +1,0 @@
-"Configuration, errors, seeds, devices and figures: what every other package uses."
