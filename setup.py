@@ -26,13 +26,14 @@ setup(
     author=settings["author"],
     author_email=settings["author_email"],
     url=settings["git_url"],
-    license="Apache-2.0 AND MIT",     # the tokenizer is made from OpenAI's table, which is MIT
-    license_files=["LICENSE", "clip475/builtin_text/LICENSE.openai-clip"],
+    # The tokenizer is made from OpenAI's table (MIT). The photographs are CC BY 2.0 or CC BY-SA 2.0, their captions CC BY 4.0.
+    license="Apache-2.0 AND MIT AND CC-BY-2.0 AND CC-BY-SA-2.0 AND CC-BY-4.0",
+    license_files=["LICENSE", "clip475/builtin_text/LICENSE.openai-clip", "clip475/photos/LICENSES.md"],
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
     extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "faiss", "browser")},
     packages=[settings["lib_path"]],
-    package_data={settings["lib_path"]: ["builtin_text/*"]},
+    package_data={settings["lib_path"]: ["builtin_text/*", "photos/*", "photos/images/*"]},
     entry_points={"console_scripts": settings["console_scripts"].split()},
     classifiers=[
         "Development Status :: " + statuses[settings["status"]],
