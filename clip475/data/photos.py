@@ -45,7 +45,7 @@ def _captions_by_image(annotations: list[dict]) -> dict[int, tuple[str, ...]]:
 def load_photos() -> tuple[Photo, ...]:
     """The 163 photographs of the package, sorted by image id. Needs no network.
 
-    Licences of the photographs: CC BY 2.0, CC BY-SA 2.0 or no known restrictions. Captions: COCO's, CC BY 4.0."""
+    Photographs: CC BY 2.0, CC BY-SA 2.0 or no known restrictions. Captions: COCO's, CC BY 4.0."""
     data = read_json(_FOLDER / "captions.json")
     licences = {licence["id"]: licence["name"] for licence in data["licenses"]}
     captions = _captions_by_image(data["annotations"])
