@@ -221,7 +221,7 @@ register(
             "It looks as if the split depends on the order in which the ids come. Sort the different ids "
             "before you shuffle them.": _in_given_order,
         },
-        hint="`sorted(set(image_ids))` holds each image once. Shuffle it with `random.Random(seed)`, then cut.",
+        hint="`sorted(set(image_ids))` holds each image once. Shuffle it with `random.Random(seed)`.",
     )
 )
 
@@ -315,8 +315,8 @@ register(
         reference=preprocess,
         cases=_photo_cases,
         mistakes={
-            "It looks as if you did not divide by 255. CLIP's mean and std are for pixels in 0…1.": _without_255,
-            "It looks as if you did not normalise. Subtract CLIP's mean, then divide by its std.": _not_normalised,
+            "It looks as if you did not divide by 255. CLIP's mean is for pixels in 0…1.": _without_255,
+            "It looks as if you did not normalise. Use CLIP's mean and std.": _not_normalised,
             "It looks as if you used ImageNet's mean and std. Use CLIP's.": _as_imagenet,
             "It looks as if you used 0.5 for mean and std. Use CLIP's.": _half,
             "It looks as if you moved the axes with `reshape`, which mixes up the pixels. Use "
