@@ -6,4 +6,370 @@
 __all__ = []
 
 # %% ../../nbs/lib/app/08_exercises_evaluation.ipynb #e7fc6fd3
-from .checks import Case, Exercise, register  # noqa: F401
+import math
+import zlib
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from scipy.stats import t as student_t
+
+from .checks import Case, Exercise, register
+
+# %% ../../nbs/lib/app/08_exercises_evaluation.ipynb #2d060cc1
+def _owned(similarity: torch.Tensor, caption_image: torch.Tensor) -> torch.Tensor:
+    "Which captions belong to which image: (N, M) truth values."
+    return caption_image == torch.arange(len(similarity))[:, None]
+
+
+def _recall_at_k(similarity: torch.Tensor, caption_image: torch.Tensor, k: int) -> float:
+    "Share of images with one of their captions among the `k` nearest. similarity (N, M), caption_image (M,)."
+    own = _owned(similarity, caption_image)  # (N, M)
+    best_right = similarity.masked_fill(~own, -torch.inf).amax(1)  # (N,)
+    wrong_in_front = ((similarity >= best_right[:, None]) & ~own).sum(1)  # (N,)
+    return (wrong_in_front < k).double().mean().item()
+
+# %% ../../nbs/lib/app/08_exercises_evaluation.ipynb #69cdde57
+def _diagonal(similarity, caption_image, k):
+    order = similarity.argsort(dim=1, descending=True, stable=True)
+    return (order[:, :k] == torch.arange(len(similarity))[:, None]).any(1).double().mean().item()
+
+
+def _by_sorting(similarity, caption_image, k):
+    order = similarity.argsort(dim=1, descending=True, stable=True)
+    hits = caption_image[order[:, :k]] == torch.arange(len(similarity))[:, None]
+    return hits.any(1).double().mean().item()
+
+
+def _lowest_first(similarity, caption_image, k):
+    return _recall_at_k(-similarity, caption_image, k)
+
+
+def _favourable_ties(similarity, caption_image, k):
+    own = _owned(similarity, caption_image)
+    best_right = similarity.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+    return ((similarity > best_right).sum(1) < k).double().mean().item()
+
+
+def _one_place_too_many(similarity, caption_image, k):
+    return _recall_at_k(similarity, caption_image, k + 1)
+
+
+def _share_of_captions(similarity, caption_image, k):
+    order = similarity.argsort(dim=1, descending=True, stable=True)
+    hits = caption_image[order[:, :k]] == torch.arange(len(similarity))[:, None]
+    return hits.sum().item() / len(caption_image)
+
+
+def _precision(similarity, caption_image, k):
+    order = similarity.argsort(dim=1, descending=True, stable=True)
+    hits = caption_image[order[:, :k]] == torch.arange(len(similarity))[:, None]
+    return hits.double().mean().item()
+
+
+def _text_to_image(similarity, caption_image, k):
+    right = similarity[caption_image, torch.arange(len(caption_image))]
+    return ((similarity >= right).sum(0) - 1 < k).double().mean().item()
+
+# %% ../../nbs/lib/app/08_exercises_evaluation.ipynb #e3c2fa6d
+def _recall_cases() -> list[Case]:
+    "One caption for each image, five, uneven numbers in any order, and equal scores."
+    draw = torch.Generator().manual_seed(9)
+    uneven = torch.tensor([4, 1, 0, 3, 1, 2, 0, 1, 4, 3, 0, 2, 1])
+    close = torch.rand(5, 13, generator=draw) + 0.1 * (uneven == torch.arange(5)[:, None])
+    fives = torch.arange(3).repeat_interleave(5)
+    shuffled = fives[torch.randperm(15, generator=draw)]
+    best, mixed = ((owner == torch.arange(3)[:, None]).float() for owner in (fives, shuffled))
+    return [
+        Case("3 images with one caption each, all right", torch.eye(3), torch.arange(3), 1),
+        Case("3 images and 5 captions each, all right", best, fives, 1),
+        Case("the same captions in another order", mixed, shuffled, 1),
+        Case("5 images with 1 to 4 captions and k = 1", close, uneven, 1),
+        Case("5 images with 1 to 4 captions and k = 2", close, uneven, 2),
+        Case("the same score for all captions", torch.ones(3, 15), fives, 5),
+    ]
+
+# %% ../../nbs/lib/app/08_exercises_evaluation.ipynb #b4c6d32e
+register(
+    Exercise(
+        name="recall_at_k",
+        lesson="7.1",
+        reference=_recall_at_k,
+        cases=_recall_cases,
+        hint="Open “Hint 2” above the cell.",
+        mistakes={
+            "It looks as if you compared caption `j` with image `j`. That is only right if "
+            "every image has exactly one caption. Use `caption_image` to find the image of a "
+            "caption.": _diagonal,
+            "It looks as if you sorted the scores. Sorting puts equal scores in an arbitrary "
+            "order, and here a model that gives all captions the same score gets hits. Count "
+            "the wrong captions that score at least as high as the best right one.": _by_sorting,
+            "It looks as if you sorted from low to high. The most similar caption has the "
+            "highest score.": _lowest_first,
+            "Equal scores count in favour of the model here. A model that gives all captions "
+            "the same score then has a Recall@1 of 100 %. Count wrong captions with `>=`, "
+            "not with `>`.": _favourable_ties,
+            "You allow one place too many. An image is a hit if fewer than `k` wrong "
+            "captions stand in front.": _one_place_too_many,
+            "You returned the share of all captions that were found. Recall@K counts images: "
+            "an image is a hit if at least one of its captions is found. Use `any` before "
+            "the mean.": _share_of_captions,
+            "You returned the share of right captions among the first `k`, which is the "
+            "precision. Recall@K counts images with at least one right caption. Use `any` "
+            "before the mean.": _precision,
+            "You returned the other direction, text to image. Here the images are the "
+            "queries: each row of `similarity` is one query.": _text_to_image,
+        },
+    )
+)
+
+# %% ../../nbs/lib/app/08_exercises_evaluation.ipynb #8053780e
+def _top_k(query: torch.Tensor, gallery: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "The `k` nearest rows of gallery (G, D) for each row of query (Q, D): cosines (Q, k) and rows (Q, k)."
+    cosines = F.normalize(query, dim=1) @ F.normalize(gallery, dim=1).T  # (Q, G)
+    found = cosines.topk(k, dim=1)
+    return found.values, found.indices
+
+
+def _plain_product(query, gallery, k):
+    return tuple((query @ gallery.T).topk(k, dim=1))
+
+
+def _gallery_not_normalised(query, gallery, k):
+    return tuple((F.normalize(query, dim=1) @ gallery.T).topk(k, dim=1))
+
+
+def _query_not_normalised(query, gallery, k):
+    return tuple((query @ F.normalize(gallery, dim=1).T).topk(k, dim=1))
+
+
+def _least_similar(query, gallery, k):
+    return tuple((F.normalize(query, dim=1) @ F.normalize(gallery, dim=1).T).topk(k, dim=1, largest=False))
+
+
+def _rows_first(query, gallery, k):
+    return _top_k(query, gallery, k)[::-1]
+
+
+def _columns_normalised(query, gallery, k):
+    return tuple((F.normalize(query, dim=0) @ F.normalize(gallery, dim=0).T).topk(k, dim=1))
+
+
+def _worst_of_the_best_first(query, gallery, k):
+    values, rows = _top_k(query, gallery, k)
+    return values.flip(1), rows.flip(1)
+
+# %% ../../nbs/lib/app/08_exercises_evaluation.ipynb #19e3c8fb
+def _search_cases() -> list[Case]:
+    "Unit vectors, vectors of several lengths, several queries at once, and all rows of a gallery."
+    draw = torch.Generator().manual_seed(8)
+    directions = F.normalize(torch.randn(9, 6, generator=draw), dim=1)
+    lengths = torch.tensor([1.0, 2.0, 9.0, 0.5, 1.0, 3.0, 0.2, 1.5, 4.0])[:, None]
+    query = F.normalize(torch.randn(3, 6, generator=draw), dim=1)
+    return [
+        Case("one query and a gallery of unit vectors", query[:1], directions, 3),
+        Case("a gallery of vectors with different lengths", query[:1], directions * lengths, 3),
+        Case("a query of length 2", 2 * query[:1], directions, 3),
+        Case("three queries at once", query, directions * lengths, 2),
+        Case("`k` as large as the gallery", query, directions, 9),
+    ]
+
+# %% ../../nbs/lib/app/08_exercises_evaluation.ipynb #f543ef05
+register(
+    Exercise(
+        name="top_k",
+        lesson="8.1",
+        reference=_top_k,
+        cases=_search_cases,
+        hint="Normalise both, multiply, then take the k largest.",
+        mistakes={
+            "You compared with a plain product. A long vector then wins for every query. "
+            "Give both sides length 1 first, with `F.normalize`.": _plain_product,
+            "The gallery is not normalised. A long vector then wins for every query. "
+            "Normalise the gallery as well.": _gallery_not_normalised,
+            "The rows are right, but the scores are no cosines: the query is not normalised. "
+            "A cosine lies between -1 and 1.": _query_not_normalised,
+            "You returned the *least* similar rows. The largest cosines belong to the "
+            "nearest vectors.": _least_similar,
+            "The two results are swapped. Return the cosines first and the rows second.": _rows_first,
+            "You normalised columns, not rows. Each vector is a row, so use `dim=1`.": _columns_normalised,
+            "The right rows come in the wrong order: the best one has to be first.": _worst_of_the_best_first,
+        },
+    )
+)
+
+# %% ../../nbs/lib/app/08_exercises_evaluation.ipynb #5b7d50db
+def _zero_shot_weights(classes: Sequence[str], templates: Sequence[str], encode: Callable) -> torch.Tensor:
+    "One unit vector for each class: the normalised mean of its normalised template embeddings. (C, D)"
+    rows = []
+    for name in classes:
+        embeddings = encode([template.format(name) for template in templates])  # (T, D)
+        rows.append(F.normalize(embeddings, dim=1).mean(0))
+    return F.normalize(torch.stack(rows), dim=1)
+
+
+def _mean_not_normalised(classes, templates, encode):
+    each = [encode([template.format(name) for template in templates]) for name in classes]
+    return torch.stack([F.normalize(embeddings, dim=1).mean(0) for embeddings in each])
+
+
+def _parts_not_normalised(classes, templates, encode):
+    each = [encode([template.format(name) for template in templates]) for name in classes]
+    return F.normalize(torch.stack([embeddings.mean(0) for embeddings in each]), dim=1)
+
+
+def _nothing_normalised(classes, templates, encode):
+    return torch.stack(
+        [encode([template.format(name) for template in templates]).mean(0) for name in classes]
+    )
+
+
+def _first_template_only(classes, templates, encode):
+    return _zero_shot_weights(classes, templates[:1], encode)
+
+
+def _without_templates(classes, templates, encode):
+    return _zero_shot_weights(classes, ["{}"], encode)
+
+
+def _mixed_up(classes, templates, encode):
+    embeddings = F.normalize(
+        encode([t.format(name) for t in templates for name in classes]), dim=1
+    )  # (T·C, D)
+    return F.normalize(embeddings.view(len(classes), len(templates), -1).mean(1), dim=1)
+
+
+def _classes_in_columns(classes, templates, encode):
+    return _zero_shot_weights(classes, templates, encode).T
+
+# %% ../../nbs/lib/app/08_exercises_evaluation.ipynb #a5a014be
+def _pretend_encode(texts: Sequence[str]) -> torch.Tensor:
+    "A fixed direction and a fixed length for each text, (n, 8): a stand-in for a text tower."
+    if isinstance(texts, str):
+        raise TypeError(f"encode takes a list of texts, not the single text {texts!r}")
+    rows = []
+    for text in texts:
+        draw = torch.Generator().manual_seed(zlib.crc32(text.encode()))
+        rows.append(torch.randn(8, generator=draw) * (1 + len(text) % 5))
+    return torch.stack(rows)
+
+
+def _zero_shot_cases() -> list[Case]:
+    "One and several templates, one and several classes."
+    three = ["a photo of {}.", "{}", "a drawing of {} in the snow"]
+    return [
+        Case("2 classes and one template", ["a dog", "a boat"], ["{}"], _pretend_encode),
+        Case(
+            "3 classes and 2 templates", ["a person", "an animal", "a landscape"], three[:2], _pretend_encode
+        ),
+        Case("2 classes and 3 templates", ["a dog", "a boat"], three, _pretend_encode),
+        Case("one class and 3 templates", ["a train"], three, _pretend_encode),
+    ]
+
+# %% ../../nbs/lib/app/08_exercises_evaluation.ipynb #99fb85c6
+register(
+    Exercise(
+        name="zero_shot_weights",
+        lesson="8.2",
+        reference=_zero_shot_weights,
+        cases=_zero_shot_cases,
+        hint="Encode all templates of one class, normalise, average, and normalise again.",
+        mistakes={
+            "The average is not normalised again. The mean of unit vectors is shorter than "
+            "1, so a class whose templates disagree gets lower scores for every image. "
+            "Finish with `F.normalize`.": _mean_not_normalised,
+            "The template embeddings are not normalised before you average. A longer "
+            "embedding then counts more. Normalise each one first.": _parts_not_normalised,
+            "Nothing is normalised. Normalise each embedding before you average, and the "
+            "average afterwards.": _nothing_normalised,
+            "Only the first template is used. Average over all of them.": _first_template_only,
+            "The templates are not used. Put the class name into each template: "
+            "`template.format(name)`.": _without_templates,
+            "Classes and templates are mixed up: each row is an average over texts of "
+            "different classes. Encode the templates of one class at a time.": _mixed_up,
+            "The result is transposed. Return one row for each class: shape (C, D).": _classes_in_columns,
+        },
+    )
+)
+
+# %% ../../nbs/lib/app/08_exercises_evaluation.ipynb #7ea307dc
+def _paired_interval(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float, float]:
+    "Mean of `a - b` over pairs and its 95 % interval by Student's t: (mean, low, high). a and b (n,), n ≥ 2."
+    difference = a.double() - b.double()  # (n,)
+    n = len(difference)
+    mean = difference.mean().item()
+    half = student_t.ppf(0.975, n - 1) * difference.std().item() / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+def _around(mean, half):
+    return mean, mean - half, mean + half
+
+
+def _unpaired(a, b):
+    a, b = a.double(), b.double()
+    error = math.sqrt(a.var().item() / len(a) + b.var().item() / len(b))
+    return _around((a.mean() - b.mean()).item(), student_t.ppf(0.975, 2 * len(a) - 2) * error)
+
+
+def _normal_quantile(a, b):
+    d = a.double() - b.double()
+    return _around(d.mean().item(), 1.96 * d.std().item() / math.sqrt(len(d)))
+
+
+def _without_root_n(a, b):
+    d = a.double() - b.double()
+    return _around(d.mean().item(), student_t.ppf(0.975, len(d) - 1) * d.std().item())
+
+
+def _divided_by_n(a, b):
+    d = a.double() - b.double()
+    return _around(
+        d.mean().item(), student_t.ppf(0.975, len(d) - 1) * d.std(correction=0).item() / math.sqrt(len(d))
+    )
+
+
+def _turned_round(a, b):
+    return _paired_interval(b, a)
+
+
+def _one_sided(a, b):
+    d = a.double() - b.double()
+    return _around(d.mean().item(), student_t.ppf(0.95, len(d) - 1) * d.std().item() / math.sqrt(len(d)))
+
+# %% ../../nbs/lib/app/08_exercises_evaluation.ipynb #bd070b8d
+def _paired_cases() -> list[Case]:
+    "Few and many pairs, with seeds that shift both arms together."
+    draw = torch.Generator().manual_seed(10)
+    shift = torch.randn(40, generator=draw)
+    noise = 0.2 * torch.randn(40, generator=draw)
+    return [
+        Case("3 pairs", torch.tensor([0.52, 0.47, 0.58]), torch.tensor([0.50, 0.43, 0.57])),
+        Case("5 pairs that vary together", shift[:5] + 0.3 + noise[:5], shift[:5]),
+        Case("40 pairs", shift + 0.1 + noise, shift),
+        Case("equal arms", shift[:4], shift[:4]),
+    ]
+
+# %% ../../nbs/lib/app/08_exercises_evaluation.ipynb #f151033a
+register(
+    Exercise(
+        name="paired_interval",
+        lesson="10.1",
+        reference=_paired_interval,
+        cases=_paired_cases,
+        hint="Work with `difference = a - b` only; its standard error is `difference.std() / sqrt(n)`.",
+        mistakes={
+            "The interval is that of two independent samples. Pair `i` of `a` and `b` shares "
+            "a seed, so take the differences first and use their standard deviation.": _unpaired,
+            "You used 1.96. That is only right for many pairs. With n pairs take "
+            "`t.ppf(0.975, n - 1)`.": _normal_quantile,
+            "The interval is too wide: it is one for single differences. The standard error "
+            "of the mean is the standard deviation divided by `sqrt(n)`.": _without_root_n,
+            "The standard deviation divides by n. Few values underestimate the spread: "
+            "divide by n - 1, as `tensor.std()` does.": _divided_by_n,
+            "The sign is turned round. Return the interval of `a - b`.": _turned_round,
+            "You used the 95 % quantile, which leaves 5 % out on each side. A 95 % interval "
+            "leaves out 2.5 % on each side: `t.ppf(0.975, n - 1)`.": _one_sided,
+        },
+    )
+)
