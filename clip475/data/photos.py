@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Photo', 'load_photos', 'credit', 'photo_split']
 
-# %% ../../nbs/lib/data/10_photos.ipynb #36b940b8
+# %% ../../nbs/lib/data/10_photos.ipynb #85b85ccd
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,10 +16,10 @@ import clip475
 from ..core.files import read_json
 from .captions import CaptionSplit
 
-# %% ../../nbs/lib/data/10_photos.ipynb #ff1a9b91
+# %% ../../nbs/lib/data/10_photos.ipynb #2567d46b
 _FOLDER = Path(clip475.__file__).parent / "photos"
 
-# %% ../../nbs/lib/data/10_photos.ipynb #4093a04d
+# %% ../../nbs/lib/data/10_photos.ipynb #2c9e7caa
 @dataclass(frozen=True)
 class Photo:
     "One photograph of the package, with all of its captions."
@@ -30,7 +30,7 @@ class Photo:
     licence: str  # the name of the photograph's licence
     photo_page: str  # the photograph's page on Flickr, which names the photographer
 
-# %% ../../nbs/lib/data/10_photos.ipynb #ad289d4b
+# %% ../../nbs/lib/data/10_photos.ipynb #17fb946a
 def _captions_by_image(annotations: list[dict]) -> dict[int, tuple[str, ...]]:
     "All captions of each image id, in the order of the annotations' ids."
     captions: dict[int, tuple[str, ...]] = {}
@@ -60,13 +60,13 @@ def load_photos() -> tuple[Photo, ...]:
         for image in sorted(data["images"], key=lambda image: image["id"])
     )
 
-# %% ../../nbs/lib/data/10_photos.ipynb #c4f37829
+# %% ../../nbs/lib/data/10_photos.ipynb #e31f8d80
 def credit(photo: Photo) -> str:
     "One line that credits `photo`: its id in COCO, its licence and its page."
     licence = photo.licence.replace("Creative Commons Attribution", "CC BY").replace("-ShareAlike", "-SA")
     return f"COCO image {photo.image_id}, {licence}, {photo.photo_page}"
 
-# %% ../../nbs/lib/data/10_photos.ipynb #77bbb957
+# %% ../../nbs/lib/data/10_photos.ipynb #ccda68bb
 def photo_split() -> CaptionSplit:
     'The photographs as one `CaptionSplit` of the name "photos": row i is photograph i of `load_photos()`.'
     photos = load_photos()
