@@ -6,4 +6,483 @@
 __all__ = []
 
 # %% ../../nbs/lib/app/07_exercises_model.ipynb #1bfe564b
-from .checks import Case, Exercise, register  # noqa: F401
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .checks import Case, Exercise, register
+from ..models.text import freeze
+from ..training.loss import clamp_logit_scale_, info_nce
+
+# %% ../../nbs/lib/app/07_exercises_model.ipynb #7b713081
+class _Head(nn.Module):
+    "The projection head, with the places where students go wrong as arguments."
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden: int,
+        out_features: int,
+        activation: Callable = F.gelu,
+        last: Callable = nn.Identity(),
+        length_dim: int | None = -1,
+        bias: bool = True,
+    ):
+        super().__init__()
+        self.first = nn.Linear(in_features, hidden, bias=bias)
+        self.second = nn.Linear(hidden, out_features, bias=bias)
+        self.activation, self.last, self.length_dim = activation, last, length_dim
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        x = self.last(self.second(self.activation(self.first(features))))
+        return x if self.length_dim is None else F.normalize(x, dim=self.length_dim)
+
+
+class _ProjectionHead(nn.Module):
+    "Linear, GELU, Linear; then each row is divided by its length. (B, in_features) -> (B, out_features)."
+
+    def __init__(self, in_features: int, hidden: int, out_features: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(in_features, hidden), nn.GELU(), nn.Linear(hidden, out_features)
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.layers(features), dim=-1)
+
+
+def _try_head(head_class: Callable, in_features: int, hidden: int, out_features: int) -> dict:
+    "Build a head, give it known weights, and say what it makes of five rows of features."
+    head = head_class(in_features, hidden, out_features)
+    with torch.no_grad():
+        for p in head.parameters():
+            p.copy_(torch.sin(0.7 * torch.arange(p.numel())).view_as(p) / 2)
+    output = head(torch.randn(5, in_features, generator=torch.Generator().manual_seed(0)))
+    lengths = output.detach().norm(dim=-1)
+    return {
+        "parameters": sum(p.numel() for p in head.parameters()),
+        "lengths of the rows": lengths,
+        "output": output.detach(),
+    }
+
+# %% ../../nbs/lib/app/07_exercises_model.ipynb #0a4e4f25
+register(
+    Exercise(
+        name="ProjectionHead",
+        lesson="3.1",
+        reference=_ProjectionHead,
+        cases=[Case("8 features, 6 hidden, 4 out", 8, 6, 4), Case("5 features, 12 hidden, 3 out", 5, 12, 3)],
+        mistakes={
+            "The rows do not have length 1. Divide each row by its length at the end: `F.normalize(x, dim=-1)`.": partial(
+                _Head, length_dim=None
+            ),
+            "It looks as if you normalised over the batch (`dim=0`). Each row is one image, so divide along the last "
+            "dimension: `F.normalize(x, dim=-1)`.": partial(_Head, length_dim=0),
+            "It looks as if you used ReLU. The specification asks for GELU: `nn.GELU()`.": partial(
+                _Head, activation=F.relu
+            ),
+            "It looks as if there is no GELU between the two linear layers. Without it they are one linear map.": partial(
+                _Head, activation=nn.Identity()
+            ),
+            "It looks as if a GELU follows the second layer, too. Only the first layer has one: an embedding needs "
+            "negative numbers as much as positive ones.": partial(_Head, last=nn.GELU()),
+            "The linear layers have no bias. Leave out `bias=False`.": partial(_Head, bias=False),
+        },
+        hint="Make `nn.Linear`, `nn.GELU` and `nn.Linear` in `__init__`; in `forward`, use them one after the other and normalise.",
+        run=_try_head,
+    )
+)
+
+# %% ../../nbs/lib/app/07_exercises_model.ipynb #0572c95d
+def _count_parameters(model: nn.Module) -> tuple[int, int]:
+    "All parameters of `model`, and how many of them are trained: (total, trainable)."
+    total = sum(p.numel() for p in model.parameters())
+    return total, sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _count(parameters: list) -> tuple[int, int]:
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def _count_tensors(model: nn.Module) -> tuple[int, int]:
+    return len(list(model.parameters())), len([p for p in model.parameters() if p.requires_grad])
+
+
+def _count_outermost(model: nn.Module) -> tuple[int, int]:
+    return _count([p for layer in model.children() for p in layer.parameters(recurse=False)])
+
+
+def _count_twice(model: nn.Module) -> tuple[int, int]:
+    return _count([p for layer in model.modules() for p in layer.parameters(recurse=False)])
+
+
+def _counting_cases() -> list[Case]:
+    "Modules with a frozen part, with buffers, with inner modules, and with a shared weight."
+    half_frozen = nn.Sequential(nn.Linear(4, 3).requires_grad_(False), nn.Linear(3, 2))
+    nested = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.Linear(4, 2))
+    shared = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    shared[1].weight = shared[0].weight
+    return [
+        Case("two linear layers, the first one frozen", half_frozen),
+        Case("a convolution and a BatchNorm in a module of their own", nested),
+        Case("two layers that share one weight", shared),
+    ]
+
+# %% ../../nbs/lib/app/07_exercises_model.ipynb #4a99e43d
+register(
+    Exercise(
+        name="count_parameters",
+        lesson="3.2",
+        reference=_count_parameters,
+        cases=_counting_cases,
+        mistakes={
+            "It looks as if you counted tensors. Add up how many numbers each one holds: `p.numel()`.": _count_tensors,
+            "It looks as if you counted `state_dict()`. It also holds buffers, such as the running statistics of BatchNorm, and "
+            "its tensors never require a gradient. Use `model.parameters()`.": lambda m: _count(
+                list(m.state_dict().values())
+            ),
+            "It looks as if you did not look into inner modules. `model.parameters()` does that for you.": _count_outermost,
+            "It looks as if a tensor that two layers share was counted twice. `model.parameters()` gives it once.": _count_twice,
+            "Your total holds only what is trained. The first number counts the frozen parameters, too.": lambda m: (
+                _count_parameters(m)[1],
+                _count_parameters(m)[1],
+            ),
+            "The two numbers are swapped: first the total, then the trained ones.": lambda m: (
+                _count_parameters(m)[::-1]
+            ),
+            "Your second number counts the frozen parameters. Count those with `requires_grad` instead.": lambda m: (
+                _count_parameters(m)[0],
+                _count_parameters(m)[0] - _count_parameters(m)[1],
+            ),
+        },
+        hint="Add up `p.numel()` over `model.parameters()`, once for all and once for those with `p.requires_grad`.",
+        compare="exact",
+    )
+)
+
+# %% ../../nbs/lib/app/07_exercises_model.ipynb #79519afd
+def _linear() -> nn.Module:
+    return nn.Linear(4, 4)
+
+
+def _with_batchnorm() -> nn.Module:
+    inner = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    return nn.Sequential(inner, nn.ReLU(), nn.Linear(4, 4))
+
+
+def _try_freeze(freeze: Callable, make: Callable) -> dict:
+    "Freeze a new module, send a batch through it, and say what state it is in."
+    module = make()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    returned = freeze(module)
+    with torch.no_grad():
+        module(torch.randn(8, 4))
+    after = module.state_dict()
+    return {
+        "parameters that still train": sum(p.requires_grad for p in module.parameters()),
+        "modules in training mode": sum(m.training for m in module.modules()),
+        "tensors that a batch changed": sum(not torch.equal(before[name], after[name]) for name in before),
+        "returns the module": returned is module,
+    }
+
+# %% ../../nbs/lib/app/07_exercises_model.ipynb #64dcd0fc
+def _set_attribute(module: nn.Module) -> nn.Module:
+    module.requires_grad = False
+    return module.eval()
+
+
+def _without_eval(module: nn.Module) -> nn.Module:
+    return module.requires_grad_(False)
+
+
+def _only_eval(module: nn.Module) -> nn.Module:
+    return module.eval()
+
+
+def _only_weights(module: nn.Module) -> nn.Module:
+    for name, p in module.named_parameters():
+        p.requires_grad = not name.endswith("weight")
+    return module.eval()
+
+
+def _only_outermost(module: nn.Module) -> nn.Module:
+    for layer in [module, *module.children()]:
+        for p in layer.parameters(recurse=False):
+            p.requires_grad = False
+    return module.eval()
+
+
+def _without_return(module: nn.Module) -> None:
+    freeze(module)
+
+# %% ../../nbs/lib/app/07_exercises_model.ipynb #2a33c2ef
+register(
+    Exercise(
+        name="freeze",
+        lesson="4.1",
+        reference=freeze,
+        cases=[
+            Case("a linear layer", _linear),
+            Case("a module with BatchNorm and dropout inside", _with_batchnorm),
+        ],
+        mistakes={
+            "The parameters still train. `module.requires_grad = False` only sets an attribute that nothing reads, and `eval()` "
+            "does not stop gradients. Go through `module.parameters()` and set `requires_grad` on each.": _only_eval,
+            "`module.requires_grad = False` sets an attribute that nothing reads, so the parameters still train. And the module is "
+            "still in training mode. Go through `module.parameters()`, then call `module.eval()`.": lambda m: (
+                m
+            ),
+            "The module is still in training mode, so BatchNorm changes its running statistics with every batch. Call "
+            "`module.eval()`, too.": _without_eval,
+            "It looks as if you froze the weights and not the biases. Every parameter has to be frozen.": _only_weights,
+            "Parameters of inner modules still train. `module.parameters()` goes through all of them.": _only_outermost,
+            "The module is frozen, but your function does not return it. Add `return module` at the end.": _without_return,
+        },
+        hint="Set `requires_grad` to `False` on every parameter, put the module in evaluation mode, and return it.",
+        run=_try_freeze,
+    )
+)
+assert _try_freeze(_set_attribute, _linear) == _try_freeze(_only_eval, _linear)
+
+# %% ../../nbs/lib/app/07_exercises_model.ipynb #9451070b
+def _two_ways(logits: torch.Tensor, weights: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
+    "Both cross-entropies with the diagonal as the answer, weighted."
+    target = torch.arange(len(logits))
+    return weights[0] * F.cross_entropy(logits, target) + weights[1] * F.cross_entropy(logits.T, target)
+
+
+def _loss_cases() -> list[Case]:
+    "Matching pairs, pairs that have nothing to do with each other, and equal embeddings, as unit vectors."
+    draw = torch.Generator().manual_seed(475)
+    images, texts = (F.normalize(torch.randn(5, 8, generator=draw), dim=-1) for _ in range(2))
+    close = F.normalize(images + 0.5 * texts, dim=-1)
+    alike = F.normalize(torch.ones(4, 8), dim=-1)
+    return [
+        Case("four pairs of equal embeddings (the loss is ln 4)", alike, alike, torch.tensor(0.0)),
+        Case("five random pairs and τ = 0.07", images, texts, torch.tensor(-math.log(0.07))),
+        Case("five matching pairs and τ = 0.2", images, close, torch.tensor(-math.log(0.2))),
+    ]
+
+# %% ../../nbs/lib/app/07_exercises_model.ipynb #7bea033d
+register(
+    Exercise(
+        name="contrastive_loss",
+        lesson="5.1",
+        reference=info_nce,
+        cases=_loss_cases,
+        mistakes={
+            "It looks as if you multiplied by τ instead of dividing. `logit_scale` is ln(1/τ), so "
+            "`logit_scale.exp()` is 1/τ: multiply by it.": lambda x, y, s: _two_ways(x @ y.T / s.exp()),
+            "It looks as if you used `logit_scale` without `exp`. It is the logarithm of 1/τ: multiply by "
+            "`logit_scale.exp()`.": lambda x, y, s: _two_ways(x @ y.T * s),
+            "It looks as if the logits are the plain similarities. Multiply them by `logit_scale.exp()`.": lambda x, y, s: (
+                _two_ways(x @ y.T)
+            ),
+            "Only image → text is counted. Add the cross-entropy of the transposed logits, and take the mean of "
+            "both.": lambda x, y, s: _two_ways(x @ y.T * s.exp(), (1, 0)),
+            "Only text → image is counted. Add the cross-entropy of the rows, and take the mean of both.": lambda x, y, s: (
+                _two_ways(x @ y.T * s.exp(), (0, 1))
+            ),
+            "The two directions are added. Take their mean: divide the sum by 2.": lambda x, y, s: _two_ways(
+                x @ y.T * s.exp(), (1, 1)
+            ),
+            "It looks as if you took the softmax before `F.cross_entropy`, which takes it itself. Pass the logits.": lambda x, y, s: (
+                _two_ways((x @ y.T * s.exp()).softmax(1))
+            ),
+            "It looks as if only the pairs on the diagonal count, and no negatives. Let each image choose among all "
+            "captions: `F.cross_entropy(logits, target)`.": lambda x, y, s: (1 - (x * y).sum(1)).mean(),
+        },
+        hint="`logits = logit_scale.exp() * images @ texts.T`, and the right answer of row i is column i.",
+    )
+)
+
+# %% ../../nbs/lib/app/07_exercises_model.ipynb #70423547
+def _cosine_with_warmup(step: int, total: int, warmup: int, peak: float) -> float:
+    "Learning rate of step 0 to total - 1: a linear warm-up to `peak`, then half a cosine down to 0."
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / (total - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _schedule(step: int, total: int, warmup: int, peak: float, rise: Callable, fall: Callable) -> float:
+    "A schedule from two functions: `rise` for the warm-up, `fall` of the progress in 0…1 after it."
+    if step < warmup:
+        return peak * rise(step, warmup)
+    return peak * fall((step - warmup) / (total - warmup))
+
+
+def _rise(step: int, warmup: int) -> float:
+    return (step + 1) / warmup
+
+
+def _half_cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _progress_of_all(step: int, total: int, warmup: int, peak: float) -> float:
+    return peak * (_rise(step, warmup) if step < warmup else _half_cosine(step / total))
+
+# %% ../../nbs/lib/app/07_exercises_model.ipynb #4e1f117e
+register(
+    Exercise(
+        name="cosine_with_warmup",
+        lesson="6.1",
+        reference=_cosine_with_warmup,
+        cases=[
+            Case("step 0 of 20 (warm-up of 4, peak 1.0)", 0, 20, 4, 1.0),
+            Case("step 3, the last of the warm-up", 3, 20, 4, 1.0),
+            Case("step 4, the first after the warm-up", 4, 20, 4, 1.0),
+            Case("step 8, a quarter of the way down", 8, 20, 4, 1.0),
+            Case("step 19, the last", 19, 20, 4, 1.0),
+            Case("step 55 of 100 (warm-up of 10, peak 0.5)", 55, 100, 10, 0.5),
+        ],
+        mistakes={
+            "It looks as if the warm-up starts at 0: the first step would change nothing. Use `(step + 1) / warmup`.": partial(
+                _schedule, rise=lambda step, warmup: step / warmup, fall=_half_cosine
+            ),
+            "It looks as if the cosine runs over all steps, so that the learning rate jumps after the warm-up. Let it begin where "
+            "the warm-up ends: `(step - warmup) / (total - warmup)`.": _progress_of_all,
+            "It looks as if the factor ½ is missing: `1 + cos` goes from 2 to 0, so the peak is twice too high.": partial(
+                _schedule, rise=_rise, fall=lambda progress: 1 + math.cos(math.pi * progress)
+            ),
+            "It looks as if you used a quarter of a cosine. Half a cosine goes from 1 to −1, with `math.pi * progress`; add 1 and "
+            "halve it.": partial(
+                _schedule, rise=_rise, fall=lambda progress: math.cos(math.pi / 2 * progress)
+            ),
+            "It looks as if the learning rate falls along a line. Use `0.5 * (1 + math.cos(math.pi * progress))`.": partial(
+                _schedule, rise=_rise, fall=lambda progress: 1 - progress
+            ),
+            "It looks as if `math.cos` got degrees. It takes radians: half a turn is `math.pi`, not 180.": partial(
+                _schedule, rise=_rise, fall=lambda progress: 0.5 * (1 + math.cos(180 * progress))
+            ),
+            "It looks as if `peak` is not used. Multiply by it, in the warm-up and after it.": lambda step, total, warmup, peak: (
+                _cosine_with_warmup(step, total, warmup, 1.0)
+            ),
+        },
+        hint="Two cases: in the warm-up `peak * (step + 1) / warmup`, after it `peak` times half of `1 + cos(π · progress)`.",
+        tolerance=1e-7,
+    )
+)
+
+# %% ../../nbs/lib/app/07_exercises_model.ipynb #4373d7b1
+class _SmallModel(nn.Module):
+    "An image encoder of one linear layer, and a logit scale."
+
+    def __init__(self, logit_scale: float):
+        super().__init__()
+        draw = torch.Generator().manual_seed(3)
+        self.weight = nn.Parameter(torch.randn(6, 4, generator=draw))
+        self.logit_scale = nn.Parameter(torch.tensor(logit_scale))
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        return F.normalize(pixels @ self.weight, dim=-1)
+
+
+def _try_step(train_step: Callable, logit_scale: float, learning_rate: float, steps: int) -> dict:
+    "Take a few steps with a new small model, and say what the losses and the weights are."
+    model = _SmallModel(logit_scale)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.7)
+    draw = torch.Generator().manual_seed(4)
+    pixels = torch.randn(5, 6, generator=draw)
+    texts = F.normalize(pixels @ model.weight.detach() + 0.1 * torch.randn(5, 4, generator=draw), dim=-1)
+    losses = [float(train_step(model, optimizer, pixels, texts, learning_rate)) for _ in range(steps)]
+    weights = model.weight.detach()
+    return {"losses": losses, "1/τ afterwards": model.logit_scale.exp().item(), "weights": weights}
+
+# %% ../../nbs/lib/app/07_exercises_model.ipynb #574e9645
+def _step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pixels: torch.Tensor,
+    text_embeddings: torch.Tensor,
+    learning_rate: float,
+    order: str = "rate zero loss backward step clamp",
+) -> float:
+    "One training step whose parts come in the `order` given."
+    loss = torch.tensor(0.0)
+    for part in order.split():
+        if part == "rate":
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+        elif part == "zero":
+            optimizer.zero_grad()
+        elif part in ("loss", "detached"):
+            images = model.encode_image(pixels)
+            images = images.detach() if part == "detached" else images
+            loss = info_nce(images, text_embeddings, model.logit_scale)
+        elif part == "backward":
+            loss.backward()
+        elif part == "step":
+            optimizer.step()
+        elif part == "clamp":
+            clamp_logit_scale_(model.logit_scale, 100)
+    return loss.item()
+
+
+def _train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pixels: torch.Tensor,
+    text_embeddings: torch.Tensor,
+    learning_rate: float,
+) -> float:
+    "One step: pixels (B, 3, S, S), text_embeddings (B, D) of the same images; returns the loss before the step."
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.zero_grad()
+    image_embeddings = model.encode_image(pixels)
+    loss = info_nce(image_embeddings, text_embeddings, model.logit_scale)
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        model.logit_scale.clamp_(max=math.log(100))
+    return loss.item()
+
+# %% ../../nbs/lib/app/07_exercises_model.ipynb #7e426c58
+register(
+    Exercise(
+        name="train_step",
+        lesson="6.2",
+        reference=_train_step,
+        cases=[
+            Case("one step", 2.66, 0.05, 1),
+            Case("four steps in a row", 2.66, 0.05, 4),
+            Case("three steps with 1/τ close to 100", 4.59, 1.0, 3),
+        ],
+        mistakes={
+            "It looks as if `optimizer.zero_grad()` is missing: each step also uses the gradients of the steps before.": partial(
+                _step, order="rate loss backward step clamp"
+            ),
+            "It looks as if the gradients were cleared between `backward()` and `step()`. Then nothing is left to step with: call "
+            "`zero_grad()` before `backward()`.": partial(_step, order="rate loss backward zero step clamp"),
+            'It looks as if the optimizer does not use `learning_rate`. Set `group["lr"] = learning_rate` for each group in '
+            "`optimizer.param_groups`, before the step.": partial(
+                _step, order="zero loss backward step clamp"
+            ),
+            "It looks as if the learning rate is set after the step, so that it is used one step too late.": partial(
+                _step, order="zero loss backward step clamp rate"
+            ),
+            "It looks as if `optimizer.step()` is missing: the loss is right and the weights do not change.": partial(
+                _step, order="rate zero loss backward clamp"
+            ),
+            "1/τ grew beyond 100. After the step, limit the logit scale: `model.logit_scale.clamp_(max=math.log(100))`, inside of "
+            "`torch.no_grad()`. The limit is ln 100, not 100.": partial(
+                _step, order="rate zero loss backward step"
+            ),
+            "It looks as if the logit scale is limited before the step. Limit it after the step, which may push it beyond.": partial(
+                _step, order="rate zero clamp loss backward step"
+            ),
+            "The image encoder does not change, only the logit scale: its embeddings carry no gradient. Call "
+            "`model.encode_image(pixels)` outside of `torch.no_grad()` and without `detach()`.": partial(
+                _step, order="rate zero detached backward step clamp"
+            ),
+        },
+        hint="Set the learning rate, clear the gradients, compute the loss, call `backward()`, step, and limit the logit scale.",
+        run=_try_step,
+    )
+)
