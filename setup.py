@@ -8,7 +8,7 @@ if sys.version_info < (3, 11):
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).resolve().parent
 config = ConfigParser(delimiters=["="], interpolation=None)
@@ -31,9 +31,9 @@ setup(
     license_files=["LICENSE", "clip475/builtin_text/LICENSE.openai-clip", "clip475/photos/LICENSES.md"],
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
-    extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "faiss", "browser")},
-    packages=[settings["lib_path"]],
-    package_data={settings["lib_path"]: ["builtin_text/*", "photos/*", "photos/images/*"]},
+    extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "faiss", "browser", "instructors")},
+    packages=find_packages(include=[settings["lib_path"], settings["lib_path"] + ".*"]),
+    package_data={settings["lib_path"]: ["py.typed", "builtin_text/*", "photos/*", "photos/images/*"]},
     entry_points={"console_scripts": settings["console_scripts"].split()},
     classifiers=[
         "Development Status :: " + statuses[settings["status"]],
