@@ -92,7 +92,7 @@ def test_an_unknown_submodule_is_named_with_those_there_are():
 
 
 def test_exported_code_imports_no_development_tool():
-    for module in (ROOT / "clip475").glob("*.py"):
+    for module in (ROOT / "clip475").rglob("*.py"):
         assert not re.search(
             r"^\s*(from|import)\s+(nbdev|fastcore|execnb|ghapi)\b",
             module.read_text(encoding="utf-8"),
