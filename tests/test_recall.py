@@ -21,15 +21,15 @@ from clip475.core.files import LabError
 from clip475.evaluation.ranks import _cosine_blocks
 from clip475.evaluation.retrieval import (
     _fold_recall,
-    average_precision,
+    _average_precision,
     bootstrap_interval,
     caption_means,
     chance_recall,
-    compare_retrieval,
+    _compare_retrieval,
     evaluate_retrieval,
     fit_linear_map,
     ranks,
-    recall_at_k,
+    _recall_from_ranks,
     retrieval_table,
     top_k,
 )
@@ -260,7 +260,7 @@ def test_quick_ranks_are_the_definitions(kind, block):
         rank, precision = by_definition(query, gallery, query_labels, gallery_labels)
         assert ranks(query, gallery, query_labels, gallery_labels, block).equal(rank)
         torch.testing.assert_close(
-            average_precision(query, gallery, query_labels, gallery_labels, block),
+            _average_precision(query, gallery, query_labels, gallery_labels, block),
             precision,
             rtol=0,
             atol=1e-12,
@@ -287,8 +287,8 @@ def test_both_directions_count_the_same_matrix():
         metrics = evaluate_retrieval(images, texts, owner, bootstrap=0)
         i2t, precision = by_definition(images, texts, rows, owner)
         t2i, _ = by_definition(texts, images, owner, rows)
-        assert metrics["i2t"] == {f"R@{k}": recall_at_k(i2t, k) for k in (1, 5, 10)} and metrics["t2i"] == {
-            f"R@{k}": recall_at_k(t2i, k) for k in (1, 5, 10)
+        assert metrics["i2t"] == {f"R@{k}": _recall_from_ranks(i2t, k) for k in (1, 5, 10)} and metrics["t2i"] == {
+            f"R@{k}": _recall_from_ranks(t2i, k) for k in (1, 5, 10)
         }
         assert metrics["map_at_r"]["i2t"] == pytest.approx(precision.mean().item(), abs=1e-12)
 
@@ -436,14 +436,14 @@ def test_baselines_stand_in_one_table():
     images, texts, owner = noisy()
     torch.testing.assert_close(caption_means(texts, owner, 30)[3], texts[owner == 3].mean(0))
     metrics = evaluate_retrieval(images, texts, owner)
-    table = compare_retrieval({"a": metrics, "b": metrics})
+    table = _compare_retrieval({"a": metrics, "b": metrics})
     assert (
         list(table.index) == ["chance", "a", "b"]
         and table.loc["chance", "text→image R@1"] == 3.33
         and table.loc["a", "image→text R@1"] == float(f"{100 * metrics['i2t']['R@1']:.3g}")
     )
     with pytest.raises(LabError, match="same split"):
-        compare_retrieval(
+        _compare_retrieval(
             {"a": metrics, "b": evaluate_retrieval(images[:9], texts[owner < 9], owner[owner < 9])}
         )
 
@@ -496,7 +496,7 @@ def test_guessing_scores_chance():
         ]
     )
     for k in (1, 5, 20):
-        assert recall_at_k(found, k) == pytest.approx(
+        assert _recall_from_ranks(found, k) == pytest.approx(
             chance_recall(torch.bincount(COCO_LIKE).tolist(), 180, k), abs=0.05
         )
 

@@ -18,7 +18,7 @@ from clip475.evaluation.zeroshot import (
     classify,
     confusion_matrix,
     mean_interval,
-    zero_shot,
+    _zero_shot,
 )
 from clip475.models.text import encode_texts, load_text_encoder
 
@@ -181,12 +181,12 @@ def test_bad_embeddings_scales_and_k_get_one_sentence():
 def test_zero_shot_is_the_two_steps_in_one(tower):
     model = type("Model", (), dict(text_encoder=tower[0], logit_scale=torch.tensor(2.6)))
     images, names = random_unit(6, 512), ["a dog", "a cat", "a bus"]
-    found = zero_shot(images, names, model, tower[1])
+    found = _zero_shot(images, names, model, tower[1])
     probabilities, labels = classify(images, class_embeddings(names, *tower), 2.6, 3)
     assert [[n for n, _ in row] for row in found] == [[names[l] for l in row] for row in labels.tolist()]
     assert (
         found[2][0][1] == pytest.approx(probabilities[2, 0].item())
-        and len(zero_shot(images, names, model, tower[1], k=1)[0]) == 1
+        and len(_zero_shot(images, names, model, tower[1], k=1)[0]) == 1
     )
 
 

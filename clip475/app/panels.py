@@ -25,7 +25,7 @@ from ..core.figures import _HIT, _MISS, PALETTE, plot_bars, plot_gallery
 from ..core.files import LabError
 from ..data.pixels import load_image
 from ..data.tokens import load_tokenizer
-from ..evaluation.zeroshot import zero_shot
+from ..evaluation.zeroshot import _zero_shot
 from ..models.joint import DualEncoder, load_model
 from ..searching.index import SearchIndex, _model_encoder, _picture_of
 from ..training.steps import PreparedSplit, embed_images, prepare_data
@@ -283,7 +283,7 @@ def _guess(lab, picture, classes):
     )
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        (best,) = zero_shot(
+        (best,) = _zero_shot(
             embedding[None],
             classes,
             lab.model,

@@ -28,7 +28,7 @@ from ..core.files import LabError, _check_choice
 from .mistakes import _skewness
 from .ranks import _check_embeddings, _check_labels, _comparable, _unit
 from .retrieval import caption_means, top_k
-from ..training.steps import _evaluation_model, embed_images, start_training
+from ..training.steps import _model_to_evaluate, embed_images, start_training
 
 # %% ../../nbs/lib/evaluation/05_space.ipynb #8a834230
 def _keep_embeddings(val, config):
@@ -36,7 +36,7 @@ def _keep_embeddings(val, config):
     kept = [(0, embed_images(start_training(config).model, val.pixels, config))]
 
     def watch(state):
-        kept.append((state.epoch, embed_images(_evaluation_model(state), val.pixels, config)))
+        kept.append((state.epoch, embed_images(_model_to_evaluate(state), val.pixels, config)))
 
     return kept, watch
 

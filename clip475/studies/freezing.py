@@ -24,10 +24,11 @@ from ..core.figures import _STYLES, PALETTE
 from ..core.files import LabError, _check_choice, new_run_folder, read_json, save_tensors, write_json
 from ..data.pixels import normalize
 from ..data.tokens import pad_tokens
-from ..evaluation.retrieval import chance_recall, ranks, recall_at_k
-from ..models.freezing import apply_policy, changed_tensors, snapshot
+from ..evaluation.retrieval import chance_recall, ranks, _recall_from_ranks
+from ..models.freezing import changed_tensors, snapshot
+from ..models.policies import apply_policy
 from ..models.joint import build_model, parameter_groups
-from ..models.text import encode_texts, load_text_encoder, weights_fingerprint
+from ..models.text import encode_texts, load_text_encoder, _weights_fingerprint
 from clip475.studies.held_out import (
     _HELD_COLOUR,
     _HELD_KIND,
@@ -42,16 +43,16 @@ from clip475.studies.held_out import (
     _stand_in_backbone,
     make_world,
 )
-from ..training.distributed import Processes
+from ..training.distributed import ProcessGroup
 from ..training.loss import batch_loss, clamp_logit_scale_
 from clip475.training.meters import (
     _resting_bytes,
     activation_bytes,
-    embedding_drift,
-    similarity_drift,
-    weight_drift,
+    _embedding_drift,
+    _similarity_drift,
+    _weight_drift,
 )
-from ..training.runs import _only_run
+from ..training.runs import _lock_run_folder
 from ..training.steps import _steps_per_epoch, embed_images, epoch_batches, learning_rate_at
 
 # %% ../../nbs/lib/studies/03_freezing.ipynb #301342be
@@ -98,7 +99,7 @@ def _start_arm(arm, config):
         torch.manual_seed(config.seed + 1_000_000)
         model.text_encoder = load_text_encoder(config, pretrained=False)
     report = apply_policy(model.to(memory_format=torch.channels_last), arm.policy, n=arm.n)
-    model.text_mark = weights_fingerprint(
+    model.text_mark = _weights_fingerprint(
         model.text_encoder.tower
     )  # under it, embeddings of a frozen tower are kept
     return model.train(), report
@@ -187,7 +188,7 @@ def _arm_step(model, optimizer, batch, texts, rate, config, arm):
 
 # %% ../../nbs/lib/studies/03_freezing.ipynb #cd58c4ec
 def _alone():
-    return Processes(device=torch.device("cpu"))  # one process; the experiment is made for a CPU
+    return ProcessGroup(device=torch.device("cpu"))  # one process; the experiment is made for a CPU
 
 
 def _all_batches(world, config):
@@ -226,8 +227,8 @@ def _quick_recall(model, world, config, most=200):
     )
     rows, owner = torch.arange(n), torch.as_tensor(world.split.caption_image[:m])
     return {
-        "i2t": recall_at_k(ranks(images, texts, rows, owner), 1),
-        "t2i": recall_at_k(ranks(texts, images, owner, rows), 1),
+        "i2t": _recall_from_ranks(ranks(images, texts, rows, owner), 1),
+        "t2i": _recall_from_ranks(ranks(texts, images, owner, rows), 1),
     }
 
 # %% ../../nbs/lib/studies/03_freezing.ipynb #a14723f9
@@ -259,7 +260,7 @@ class _Log:
 # %% ../../nbs/lib/studies/03_freezing.ipynb #3c4cf21e
 def _moved(model, before, captions, world):
     "1 − mean cosine between the targets before a step and now."
-    return 1 - embedding_drift(before, encode_texts(captions, model.text_encoder, world.tokenizer))
+    return 1 - _embedding_drift(before, encode_texts(captions, model.text_encoder, world.tokenizer))
 
 
 def _train_arm(arm, model, world, config, log):
@@ -293,8 +294,8 @@ def _train_arm(arm, model, world, config, log):
 def _recalls(images, texts, rows, captions, owner):
     every = torch.arange(len(images))
     return {
-        "i2t": recall_at_k(ranks(images[rows], texts, rows, owner), 1),
-        "t2i": recall_at_k(ranks(texts[captions], images, owner[captions], every), 1),
+        "i2t": _recall_from_ranks(ranks(images[rows], texts, rows, owner), 1),
+        "t2i": _recall_from_ranks(ranks(texts[captions], images, owner[captions], every), 1),
     }
 
 
@@ -331,11 +332,11 @@ def _final_measures(model, world, config):
 # %% ../../nbs/lib/studies/03_freezing.ipynb #7d66b218
 def _drift_of(before, texts_before, model, world):
     "How far an arm went: weights of each component, and similarities among captions that say nothing new, and something new."
-    drift = {"weights": weight_drift(before, model)}
+    drift = {"weights": _weight_drift(before, model)}
     for name, captions in _probe_captions(world).items():
         after = encode_texts(captions, model.text_encoder, world.tokenizer)
-        drift[name] = similarity_drift(texts_before[name], after) | {
-            "cosine": embedding_drift(texts_before[name], after)
+        drift[name] = _similarity_drift(texts_before[name], after) | {
+            "cosine": _embedding_drift(texts_before[name], after)
         }
     return drift
 
@@ -374,7 +375,7 @@ def _lengths_of(model, world, config, arm):
 # %% ../../nbs/lib/studies/03_freezing.ipynb #83670702
 def _begin_arm(arm, world, config):
     model, report = _start_arm(arm, config)
-    start = {"image": weights_fingerprint(model.image_encoder), "text": model.text_mark}
+    start = {"image": _weights_fingerprint(model.image_encoder), "text": model.text_mark}
     texts = {
         name: encode_texts(captions, model.text_encoder, world.tokenizer)
         for name, captions in _probe_captions(world).items()
@@ -485,7 +486,7 @@ def frozen_experiment(folder=None, scale="tiny", resume=False, progress=True, ar
     if not isinstance(scale, _Scale):
         scale = _SCALES[_check_choice("scale", scale, list(_SCALES))]
     todo, folder = _grid(scale, arms), Path(folder) if folder else new_run_folder("frozen")
-    with _only_run(folder, _alone()):
+    with _lock_run_folder(folder, _alone()):
         _open_experiment(folder, scale, resume)
         backbone, world = _common_backbone(folder, scale, progress), make_world(scale)
         results = [
