@@ -28,7 +28,7 @@ class _Head(nn.Module):
         hidden: int,
         out_features: int,
         activation: Callable = F.gelu,
-        last: Callable = nn.Identity(),
+        last: Callable = torch.Tensor.clone,
         length_dim: int | None = -1,
         bias: bool = True,
     ):
@@ -77,22 +77,25 @@ register(
         reference=_ProjectionHead,
         cases=[Case("8 features, 6 hidden, 4 out", 8, 6, 4), Case("5 features, 12 hidden, 3 out", 5, 12, 3)],
         mistakes={
-            "The rows do not have length 1. Divide each row by its length at the end: `F.normalize(x, dim=-1)`.": partial(
-                _Head, length_dim=None
-            ),
-            "It looks as if you normalised over the batch (`dim=0`). Each row is one image, so divide along the last "
+            "The rows do not have length 1. Divide each row by its length at the end: "
+            "`F.normalize(x, dim=-1)`.": partial(_Head, length_dim=None),
+            "It looks as if you normalised over the batch (`dim=0`). Each row is one image, so "
+            "divide along the last "
             "dimension: `F.normalize(x, dim=-1)`.": partial(_Head, length_dim=0),
             "It looks as if you used ReLU. The specification asks for GELU: `nn.GELU()`.": partial(
                 _Head, activation=F.relu
             ),
-            "It looks as if there is no GELU between the two linear layers. Without it they are one linear map.": partial(
-                _Head, activation=nn.Identity()
-            ),
-            "It looks as if a GELU follows the second layer, too. Only the first layer has one: an embedding needs "
+            "It looks as if there is no GELU between the two linear layers. Without it they are one "
+            "linear map.": partial(_Head, activation=nn.Identity()),
+            "It looks as if a GELU follows the second layer, too. Only the first layer has one: an "
+            "embedding needs "
             "negative numbers as much as positive ones.": partial(_Head, last=nn.GELU()),
             "The linear layers have no bias. Leave out `bias=False`.": partial(_Head, bias=False),
         },
-        hint="Make `nn.Linear`, `nn.GELU` and `nn.Linear` in `__init__`; in `forward`, use them one after the other and normalise.",
+        hint=(
+            "Make `nn.Linear`, `nn.GELU` and `nn.Linear` in `__init__`; in `forward`, use them one "
+            "after the other and normalise."
+        ),
         run=_try_head,
     )
 )
@@ -140,26 +143,35 @@ register(
         reference=_count_parameters,
         cases=_counting_cases,
         mistakes={
-            "It looks as if you counted tensors. Add up how many numbers each one holds: `p.numel()`.": _count_tensors,
-            "It looks as if you counted `state_dict()`. It also holds buffers, such as the running statistics of BatchNorm, and "
+            "It looks as if you counted tensors. Add up how many numbers each one holds: "
+            "`p.numel()`.": _count_tensors,
+            "It looks as if you counted `state_dict()`. It also holds buffers, such as the running "
+            "statistics of BatchNorm, and "
             "its tensors never require a gradient. Use `model.parameters()`.": lambda m: _count(
                 list(m.state_dict().values())
             ),
-            "It looks as if you did not look into inner modules. `model.parameters()` does that for you.": _count_outermost,
-            "It looks as if a tensor that two layers share was counted twice. `model.parameters()` gives it once.": _count_twice,
-            "Your total holds only what is trained. The first number counts the frozen parameters, too.": lambda m: (
+            "It looks as if you did not look into inner modules. `model.parameters()` does that for "
+            "you.": _count_outermost,
+            "It looks as if a tensor that two layers share was counted twice. `model.parameters()` "
+            "gives it once.": _count_twice,
+            "Your total holds only what is trained. The first number counts the frozen parameters, "
+            "too.": lambda m: (
                 _count_parameters(m)[1],
                 _count_parameters(m)[1],
             ),
             "The two numbers are swapped: first the total, then the trained ones.": lambda m: (
                 _count_parameters(m)[::-1]
             ),
-            "Your second number counts the frozen parameters. Count those with `requires_grad` instead.": lambda m: (
+            "Your second number counts the frozen parameters. Count those with `requires_grad` "
+            "instead.": lambda m: (
                 _count_parameters(m)[0],
                 _count_parameters(m)[0] - _count_parameters(m)[1],
             ),
         },
-        hint="Add up `p.numel()` over `model.parameters()`, once for all and once for those with `p.requires_grad`.",
+        hint=(
+            "Add up `p.numel()` over `model.parameters()`, once for all and once for those with "
+            "`p.requires_grad`."
+        ),
         compare="exact",
     )
 )
@@ -230,19 +242,28 @@ register(
             Case("a module with BatchNorm and dropout inside", _with_batchnorm),
         ],
         mistakes={
-            "The parameters still train. `module.requires_grad = False` only sets an attribute that nothing reads, and `eval()` "
-            "does not stop gradients. Go through `module.parameters()` and set `requires_grad` on each.": _only_eval,
-            "`module.requires_grad = False` sets an attribute that nothing reads, so the parameters still train. And the module is "
-            "still in training mode. Go through `module.parameters()`, then call `module.eval()`.": lambda m: (
-                m
-            ),
-            "The module is still in training mode, so BatchNorm changes its running statistics with every batch. Call "
+            "The parameters still train. `module.requires_grad = False` only sets an attribute that "
+            "nothing reads, and `eval()` "
+            "does not stop gradients. Go through `module.parameters()` and set `requires_grad` on "
+            "each.": _only_eval,
+            "`module.requires_grad = False` sets an attribute that nothing reads, so the parameters "
+            "still train. And the module is "
+            "still in training mode. Go through `module.parameters()`, then call "
+            "`module.eval()`.": lambda m: m,
+            "The module is still in training mode, so BatchNorm changes its running statistics with "
+            "every batch. Call "
             "`module.eval()`, too.": _without_eval,
-            "It looks as if you froze the weights and not the biases. Every parameter has to be frozen.": _only_weights,
-            "Parameters of inner modules still train. `module.parameters()` goes through all of them.": _only_outermost,
-            "The module is frozen, but your function does not return it. Add `return module` at the end.": _without_return,
+            "It looks as if you froze the weights and not the biases. Every parameter has to be "
+            "frozen.": _only_weights,
+            "Parameters of inner modules still train. `module.parameters()` goes through all of "
+            "them.": _only_outermost,
+            "The module is frozen, but your function does not return it. Add `return module` at the "
+            "end.": _without_return,
         },
-        hint="Set `requires_grad` to `False` on every parameter, put the module in evaluation mode, and return it.",
+        hint=(
+            "Set `requires_grad` to `False` on every parameter, put the module in evaluation mode, "
+            "and return it."
+        ),
         run=_try_freeze,
     )
 )
@@ -279,21 +300,20 @@ register(
             "`logit_scale.exp()` is 1/τ: multiply by it.": lambda x, y, s: _two_ways(x @ y.T / s.exp()),
             "It looks as if you used `logit_scale` without `exp`. It is the logarithm of 1/τ: multiply by "
             "`logit_scale.exp()`.": lambda x, y, s: _two_ways(x @ y.T * s),
-            "It looks as if the logits are the plain similarities. Multiply them by `logit_scale.exp()`.": lambda x, y, s: (
-                _two_ways(x @ y.T)
-            ),
-            "Only image → text is counted. Add the cross-entropy of the transposed logits, and take the mean of "
+            "It looks as if the logits are the plain similarities. Multiply them by "
+            "`logit_scale.exp()`.": lambda x, y, s: _two_ways(x @ y.T),
+            "Only image → text is counted. Add the cross-entropy of the transposed logits, and take "
+            "the mean of "
             "both.": lambda x, y, s: _two_ways(x @ y.T * s.exp(), (1, 0)),
-            "Only text → image is counted. Add the cross-entropy of the rows, and take the mean of both.": lambda x, y, s: (
-                _two_ways(x @ y.T * s.exp(), (0, 1))
-            ),
+            "Only text → image is counted. Add the cross-entropy of the rows, and take the mean of "
+            "both.": lambda x, y, s: _two_ways(x @ y.T * s.exp(), (0, 1)),
             "The two directions are added. Take their mean: divide the sum by 2.": lambda x, y, s: _two_ways(
                 x @ y.T * s.exp(), (1, 1)
             ),
-            "It looks as if you took the softmax before `F.cross_entropy`, which takes it itself. Pass the logits.": lambda x, y, s: (
-                _two_ways((x @ y.T * s.exp()).softmax(1))
-            ),
-            "It looks as if only the pairs on the diagonal count, and no negatives. Let each image choose among all "
+            "It looks as if you took the softmax before `F.cross_entropy`, which takes it itself. "
+            "Pass the logits.": lambda x, y, s: _two_ways((x @ y.T * s.exp()).softmax(1)),
+            "It looks as if only the pairs on the diagonal count, and no negatives. Let each image "
+            "choose among all "
             "captions: `F.cross_entropy(logits, target)`.": lambda x, y, s: (1 - (x * y).sum(1)).mean(),
         },
         hint="`logits = logit_scale.exp() * images @ texts.T`, and the right answer of row i is column i.",
@@ -342,29 +362,35 @@ register(
             Case("step 55 of 100 (warm-up of 10, peak 0.5)", 55, 100, 10, 0.5),
         ],
         mistakes={
-            "It looks as if the warm-up starts at 0: the first step would change nothing. Use `(step + 1) / warmup`.": partial(
+            "It looks as if the warm-up starts at 0: the first step would change nothing. Use "
+            "`(step + 1) / warmup`.": partial(
                 _schedule, rise=lambda step, warmup: step / warmup, fall=_half_cosine
             ),
-            "It looks as if the cosine runs over all steps, so that the learning rate jumps after the warm-up. Let it begin where "
+            "It looks as if the cosine runs over all steps, so that the learning rate jumps after "
+            "the warm-up. Let it begin where "
             "the warm-up ends: `(step - warmup) / (total - warmup)`.": _progress_of_all,
-            "It looks as if the factor ½ is missing: `1 + cos` goes from 2 to 0, so the peak is twice too high.": partial(
+            "It looks as if the factor ½ is missing: `1 + cos` goes from 2 to 0, so the peak is "
+            "twice too high.": partial(
                 _schedule, rise=_rise, fall=lambda progress: 1 + math.cos(math.pi * progress)
             ),
-            "It looks as if you used a quarter of a cosine. Half a cosine goes from 1 to −1, with `math.pi * progress`; add 1 and "
+            "It looks as if you used a quarter of a cosine. Half a cosine goes from 1 to −1, with "
+            "`math.pi * progress`; add 1 and "
             "halve it.": partial(
                 _schedule, rise=_rise, fall=lambda progress: math.cos(math.pi / 2 * progress)
             ),
-            "It looks as if the learning rate falls along a line. Use `0.5 * (1 + math.cos(math.pi * progress))`.": partial(
-                _schedule, rise=_rise, fall=lambda progress: 1 - progress
-            ),
-            "It looks as if `math.cos` got degrees. It takes radians: half a turn is `math.pi`, not 180.": partial(
+            "It looks as if the learning rate falls along a line. Use `0.5 * (1 + math.cos(math.pi "
+            "* progress))`.": partial(_schedule, rise=_rise, fall=lambda progress: 1 - progress),
+            "It looks as if `math.cos` got degrees. It takes radians: half a turn is `math.pi`, not "
+            "180.": partial(
                 _schedule, rise=_rise, fall=lambda progress: 0.5 * (1 + math.cos(180 * progress))
             ),
-            "It looks as if `peak` is not used. Multiply by it, in the warm-up and after it.": lambda step, total, warmup, peak: (
-                _cosine_with_warmup(step, total, warmup, 1.0)
-            ),
+            "It looks as if `peak` is not used. Multiply by it, in the warm-up and after "
+            "it.": lambda step, total, warmup, peak: _cosine_with_warmup(step, total, warmup, 1.0),
         },
-        hint="Two cases: in the warm-up `peak * (step + 1) / warmup`, after it `peak` times half of `1 + cos(π · progress)`.",
+        hint=(
+            "Two cases: in the warm-up `peak * (step + 1) / warmup`, after it `peak` times half of "
+            "`1 + cos(π · progress)`."
+        ),
         tolerance=1e-7,
     )
 )
@@ -389,7 +415,7 @@ def _try_step(train_step: Callable, logit_scale: float, learning_rate: float, st
     optimizer = torch.optim.SGD(model.parameters(), lr=0.7)
     draw = torch.Generator().manual_seed(4)
     pixels = torch.randn(5, 6, generator=draw)
-    texts = F.normalize(pixels @ model.weight.detach() + 0.1 * torch.randn(5, 4, generator=draw), dim=-1)
+    texts = F.normalize(pixels @ model.weight.detach() + 0.5 * torch.randn(5, 4, generator=draw), dim=-1)
     losses = [float(train_step(model, optimizer, pixels, texts, learning_rate)) for _ in range(steps)]
     weights = model.weight.detach()
     return {"losses": losses, "1/τ afterwards": model.logit_scale.exp().item(), "weights": weights}
@@ -431,7 +457,8 @@ def _train_step(
     text_embeddings: torch.Tensor,
     learning_rate: float,
 ) -> float:
-    "One step: pixels (B, 3, S, S), text_embeddings (B, D) of the same images; returns the loss before the step."
+    "One step: pixels (B, 3, S, S), text_embeddings (B, D) of the same images; returns the loss"
+    "before the step."
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.zero_grad()
@@ -452,37 +479,37 @@ register(
         cases=[
             Case("one step", 2.66, 0.05, 1),
             Case("four steps in a row", 2.66, 0.05, 4),
-            Case("three steps with 1/τ close to 100", 4.59, 1.0, 3),
+            Case("two steps that begin with 1/τ = 110", math.log(110), 0.05, 2),
         ],
         mistakes={
-            "It looks as if `optimizer.zero_grad()` is missing: each step also uses the gradients of the steps before.": partial(
-                _step, order="rate loss backward step clamp"
-            ),
-            "It looks as if the gradients were cleared between `backward()` and `step()`. Then nothing is left to step with: call "
-            "`zero_grad()` before `backward()`.": partial(_step, order="rate loss backward zero step clamp"),
-            'It looks as if the optimizer does not use `learning_rate`. Set `group["lr"] = learning_rate` for each group in '
-            "`optimizer.param_groups`, before the step.": partial(
+            "It looks as if `optimizer.zero_grad()` is missing: each step also uses the gradients "
+            "of the steps before.": partial(_step, order="rate loss backward step clamp"),
+            "It looks as if the optimizer does not use `learning_rate`. Before the step, set "
+            '`group["lr"] = learning_rate` for each group in `optimizer.param_groups`.': partial(
                 _step, order="zero loss backward step clamp"
             ),
-            "It looks as if the learning rate is set after the step, so that it is used one step too late.": partial(
-                _step, order="zero loss backward step clamp rate"
-            ),
-            "It looks as if `optimizer.step()` is missing: the loss is right and the weights do not change.": partial(
+            "It looks as if the learning rate is set after the step, so that it is used one step "
+            "too late.": partial(_step, order="zero loss backward step clamp rate"),
+            "The loss is right and the weights do not change. Either `optimizer.step()` is missing, or "
+            "`zero_grad()` stands between `backward()` and `step()`: then nothing is left to step with.": partial(
                 _step, order="rate zero loss backward clamp"
             ),
-            "1/τ grew beyond 100. After the step, limit the logit scale: `model.logit_scale.clamp_(max=math.log(100))`, inside of "
+            "1/τ grew beyond 100. After the step, limit the logit scale: "
+            "`model.logit_scale.clamp_(max=math.log(100))`, inside of "
             "`torch.no_grad()`. The limit is ln 100, not 100.": partial(
                 _step, order="rate zero loss backward step"
             ),
-            "It looks as if the logit scale is limited before the step. Limit it after the step, which may push it beyond.": partial(
-                _step, order="rate zero clamp loss backward step"
-            ),
+            "It looks as if the logit scale is limited before the step. Limit it after the step, "
+            "which may push it beyond.": partial(_step, order="rate zero clamp loss backward step"),
             "The image encoder does not change, only the logit scale: its embeddings carry no gradient. Call "
             "`model.encode_image(pixels)` outside of `torch.no_grad()` and without `detach()`.": partial(
                 _step, order="rate zero detached backward step clamp"
             ),
         },
-        hint="Set the learning rate, clear the gradients, compute the loss, call `backward()`, step, and limit the logit scale.",
+        hint=(
+            "Set the learning rate, clear the gradients, compute the loss, call `backward()`, "
+            "step, and limit the logit scale."
+        ),
         run=_try_step,
     )
 )
