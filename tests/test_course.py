@@ -1,4 +1,4 @@
-"The students' notebooks: made from the ones with solutions, complete, honest about their minutes, and gradable."
+"The students' notebooks: made from the ones with solutions, complete, with true minutes, and gradable."
 
 import os
 import re
@@ -191,7 +191,13 @@ def hand_in(course, student, lesson, sources):
 
 
 def nbgrader(course, *arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # nbgrader calls alembic
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "MPLBACKEND": "agg",
+        "PATH": path,
+    }
     command = [sys.executable, "-m", "nbgrader", *arguments]
     ran = subprocess.run(command, cwd=course, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-2000:]

@@ -10,8 +10,8 @@ In nbs/course/solutions a cell is
 - the check of an exercise, if it is the one line `name = check(name)`;
 - an answer in words, if it is Markdown that begins with <!-- ANSWER -->;
 - for instructors only, if it begins with <!-- SOLUTION --> (Markdown) or ### SOLUTION ONLY (code).
-The points of an exercise are the stars on its card. What nbgrader wants to know stands in the cells' metadata;
-this program adds it, so the sources stay plain.
+The points of an exercise are the stars on its card. nbgrader reads all of this from metadata, which this
+program adds, so the sources stay plain.
 """
 
 import argparse
