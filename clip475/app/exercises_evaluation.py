@@ -373,3 +373,81 @@ register(
         },
     )
 )
+
+# %% ../../nbs/lib/app/08_exercises_evaluation.ipynb #fda4c0ff
+def _modality_gap(images: torch.Tensor, texts: torch.Tensor) -> float:
+    "Distance between the mean of the image embeddings (N, D) and the mean of the text embeddings (M, D)."
+    return (images.mean(0) - texts.mean(0)).norm().item()
+
+
+def _distance_of_pairs(images, texts):
+    return (images - texts).norm(dim=1).mean().item()
+
+
+def _distance_of_all_pairs(images, texts):
+    return torch.cdist(images, texts).mean().item()
+
+
+def _cosine_of_centres(images, texts):
+    return 1 - F.cosine_similarity(images.mean(0), texts.mean(0), dim=0).item()
+
+
+def _squared_gap(images, texts):
+    return (images.mean(0) - texts.mean(0)).pow(2).sum().item()
+
+
+def _difference_of_lengths(images, texts):
+    return (images.mean(0).norm() - texts.mean(0).norm()).abs().item()
+
+
+def _single_numbers(images, texts):
+    return (images.mean() - texts.mean()).abs().item()
+
+
+def _means_of_rows(images, texts):
+    return (images.mean(1) - texts.mean(1)).norm().item()
+
+
+def _centres_normalised(images, texts):
+    return (F.normalize(images.mean(0), dim=0) - F.normalize(texts.mean(0), dim=0)).norm().item()
+
+# %% ../../nbs/lib/app/08_exercises_evaluation.ipynb #f7dd0c28
+def _gap_cases() -> list[Case]:
+    "Unit vectors: two opposite points, two cones, and more texts than images."
+    draw = torch.Generator().manual_seed(9)
+    left, right = torch.randn(2, 6, generator=draw)
+    cones = [F.normalize(centre + 0.5 * torch.randn(8, 6, generator=draw), dim=1) for centre in (left, right)]
+    return [
+        Case("one image and one text at right angles", torch.eye(2)[:1], torch.eye(2)[1:]),
+        Case("8 images and 8 texts in two cones", *cones),
+        Case("3 images and 8 texts", cones[0][:3], cones[1]),
+        Case("the same vectors twice, in another order", cones[0], cones[0].flip(0)),
+    ]
+
+# %% ../../nbs/lib/app/08_exercises_evaluation.ipynb #ad651003
+register(
+    Exercise(
+        name="modality_gap",
+        lesson="9.1",
+        reference=_modality_gap,
+        cases=_gap_cases,
+        hint="The centre of the images is `images.mean(0)`, a vector of D numbers. Take the same of the texts.",
+        mistakes={
+            "It looks as if you compared image `i` with text `i`. The gap is about all images and all texts: "
+            "average over the rows first, then subtract.": _distance_of_pairs,
+            "It looks as if you averaged the distances of all images to all texts. Average the vectors first, "
+            "then take one distance.": _distance_of_all_pairs,
+            "It looks as if you compared the directions of the centres with a cosine. The gap is the length of "
+            "their difference.": _cosine_of_centres,
+            "It looks as if the square root is missing. The length of a vector is `x.norm()`.": _squared_gap,
+            "It looks as if you subtracted two lengths. Subtract the two centres, then take the length of the "
+            "difference.": _difference_of_lengths,
+            "It looks as if you averaged over all numbers. Use `mean(0)`, which leaves a vector of D numbers.": (
+                _single_numbers
+            ),
+            "It looks as if you averaged each row. Use `mean(0)`, which averages over the rows.": _means_of_rows,
+            "It looks as if you normalised the centres. They are shorter than 1, and that is a part of the gap: "
+            "leave them as they are.": _centres_normalised,
+        },
+    )
+)
