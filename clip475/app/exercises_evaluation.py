@@ -431,23 +431,21 @@ register(
         lesson="9.1",
         reference=_modality_gap,
         cases=_gap_cases,
-        hint="The centre of the images is `images.mean(0)`, a vector of D numbers. Take the same of the texts.",
+        hint="The centre of the images is `images.mean(0)`, with D numbers. Take the same of the texts.",
         mistakes={
             "It looks as if you compared image `i` with text `i`. The gap is about all images and all texts: "
             "average over the rows first, then subtract.": _distance_of_pairs,
-            "It looks as if you averaged the distances of all images to all texts. Average the vectors first, "
-            "then take one distance.": _distance_of_all_pairs,
-            "It looks as if you compared the directions of the centres with a cosine. The gap is the length of "
-            "their difference.": _cosine_of_centres,
+            "It looks as if you averaged the distances of all images to all texts. Average the vectors "
+            "first, then take one distance.": _distance_of_all_pairs,
+            "It looks as if you compared the directions of the centres with a cosine. The gap is the "
+            "length of their difference.": _cosine_of_centres,
             "It looks as if the square root is missing. The length of a vector is `x.norm()`.": _squared_gap,
-            "It looks as if you subtracted two lengths. Subtract the two centres, then take the length of the "
-            "difference.": _difference_of_lengths,
-            "It looks as if you averaged over all numbers. Use `mean(0)`, which leaves a vector of D numbers.": (
-                _single_numbers
-            ),
-            "It looks as if you averaged each row. Use `mean(0)`, which averages over the rows.": _means_of_rows,
-            "It looks as if you normalised the centres. They are shorter than 1, and that is a part of the gap: "
-            "leave them as they are.": _centres_normalised,
+            "It looks as if you subtracted two lengths. Subtract the two centres, then take the length "
+            "of the difference.": _difference_of_lengths,
+            "It looks as if you averaged over all numbers. Use `mean(0)`, which leaves D numbers.": _single_numbers,
+            "It looks as if you averaged each row. Use `mean(0)`, the mean of all rows.": _means_of_rows,
+            "It looks as if you normalised the centres. They are shorter than 1, and that is a part of the "
+            "gap: leave them as they are.": _centres_normalised,
         },
     )
 )
