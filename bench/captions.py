@@ -85,7 +85,8 @@ def encoding(captions, batches, sample, repeats):
     "Captions per CPU second of each way, with their ratio to `padded` and how far their rows lie from it."
     import torch
 
-    from clip475.core.config import LabConfig, autocast_dtype, seed_everything
+    from clip475.core.config import LabConfig
+    from clip475.core.devices import autocast_dtype, seed_everything
     from clip475.data.tokens import load_tokenizer
     from clip475.models.text import encode_texts, load_text_encoder
 

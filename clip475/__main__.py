@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain(problem: Exception) -> str:
-    from clip475.core.config import _check_torch
+    from clip475.core.devices import _check_torch
     from clip475.core.files import LabError
 
     try:

@@ -3,7 +3,7 @@
 import sys
 
 from clip475.core.files import LabError
-from clip475.core.config import _check_torch
+from clip475.core.devices import _check_torch
 
 try:
     _check_torch()

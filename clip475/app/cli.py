@@ -13,7 +13,8 @@ from pathlib import Path
 from time import perf_counter
 
 from .. import __version__
-from ..core.config import PRESETS, LabConfig, _check_torch
+from ..core.config import PRESETS, LabConfig
+from ..core.devices import _check_torch
 from ..core.files import LabError
 
 # %% ../../nbs/lib/app/04_cli.ipynb #d6591758
@@ -33,7 +34,7 @@ def _value(name, text):
     field = LabConfig.__dataclass_fields__.get(name)
     return (
         text
-        if field and not field.metadata["rule"].holds(value) and field.metadata["rule"].holds(text)
+        if field and not field.metadata["rule"].accepts(value) and field.metadata["rule"].accepts(text)
         else value
     )
 
