@@ -5,10 +5,12 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit("clip475 needs Python 3.11 or newer and this is Python %d.%d: install a newer one, or name it, as in: make demo PYTHON=python3.12" % sys.version_info[:2])
 
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).resolve().parent
 config = ConfigParser(delimiters=["="], interpolation=None)
@@ -16,7 +18,21 @@ config.read(here/"settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 statuses = {"2": "2 - Pre-Alpha", "3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}
 
+
+class BuildWithCourse(build_py):
+    "A wheel holds the students' notebooks too: nbs/course/*.ipynb, as clip475/course. A checkout has them already."
+
+    def run(self):
+        super().run()
+        if not getattr(self, "editable_mode", False):
+            folder = Path(self.build_lib, "clip475", "course")
+            folder.mkdir(parents=True, exist_ok=True)
+            for notebook in sorted((here/"nbs"/"course").glob("*.ipynb")):
+                shutil.copyfile(notebook, folder/notebook.name)
+
+
 setup(
+    cmdclass={"build_py": BuildWithCourse},
     name=settings["lib_name"],
     version=settings["version"],
     description=settings["description"],

@@ -246,7 +246,7 @@ def wheel(tmp_path_factory):
         "constraints.txt",
     ):
         (source / name).write_bytes((ROOT / name).read_bytes())
-    for file in (ROOT / "clip475").rglob("*"):
+    for file in (*(ROOT / "clip475").rglob("*"), *(ROOT / "nbs" / "course").glob("*.ipynb")):
         if file.is_file() and "__pycache__" not in file.parts:
             (source / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             (source / file.relative_to(ROOT)).write_bytes(file.read_bytes())
@@ -275,6 +275,11 @@ def test_wheel_carries_every_module_and_the_text_tower(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
     wanted = [f for f in (ROOT / "clip475").rglob("*") if f.is_file() and "__pycache__" not in f.parts]
     assert {f.relative_to(ROOT).as_posix() for f in wanted} <= inside
+
+
+def test_wheel_carries_the_students_notebooks_and_no_solutions(wheel):
+    inside = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".ipynb")}
+    assert inside == {f"clip475/course/{file.name}" for file in (ROOT / "nbs" / "course").glob("*.ipynb")}
 
 
 def test_wheel_is_small(wheel):
