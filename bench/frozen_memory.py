@@ -22,8 +22,8 @@ def build(way, device="cpu"):
     import torch
 
     from clip475.core.config import LabConfig
-    from clip475.models.freezing import apply_policy
     from clip475.models.joint import build_model, parameter_groups
+    from clip475.models.policies import apply_policy
 
     config = LabConfig.from_preset("coco")
     torch.manual_seed(475)
@@ -72,7 +72,7 @@ def kept(model, way, batch, device="cpu"):
 
 
 def measure(way, options):
-    from clip475.training.meters import _step_parts, largest_batch, median_seconds, peak_bytes
+    from clip475.training.meters import _largest_batch, _step_parts, median_seconds, peak_bytes
 
     model, optimizer = build(way)
     loss = loss_of(model, way, options.batch)
@@ -85,14 +85,14 @@ def measure(way, options):
     def count(batch):
         return kept(model, way, batch) if batch <= 4 else kept(shapes, way, batch, "meta")
 
-    fit = largest_batch(count, options.memory * 1e9, fixed=sum(rest.values()))
+    fit = _largest_batch(count, options.memory * 1e9, fixed=sum(rest.values()))
     total = sum(seconds.values())
     return {
         "fixed": rest,
         "per_pair": fit["bytes_per_item"],
         "seconds": seconds,
         "pairs_per_second": options.batch / total,
-        "largest_batch": fit["batch"],
+        "_largest_batch": fit["batch"],
         "predicted": fit["predicted"],
         "measured_there": fit["measured"],
         "peak": peak,
@@ -129,7 +129,7 @@ def main():
         return print(json.dumps(result, indent=2))
     for way, r in ways.items():
         print(
-            f"{way:15} fixed {sum(r['fixed'].values()) / 1e6:6.0f} MB, {r['per_pair'] / 1e6:6.1f} MB a pair, batch of {r['largest_batch']} in {options.memory:g} GB, {r['pairs_per_second']:.1f} pairs/s, peak {r['peak'] / 1e6:.0f} MB (kept {r['counted'] / 1e6:.0f})"
+            f"{way:15} fixed {sum(r['fixed'].values()) / 1e6:6.0f} MB, {r['per_pair'] / 1e6:6.1f} MB a pair, batch of {r['_largest_batch']} in {options.memory:g} GB, {r['pairs_per_second']:.1f} pairs/s, peak {r['peak'] / 1e6:.0f} MB (kept {r['counted'] / 1e6:.0f})"
         )
 
 

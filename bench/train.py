@@ -27,14 +27,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision import transforms
 
-from clip475.core.config import CLIP_MEAN, CLIP_STD, LabConfig, autocast_dtype, pick_device, seed_everything
+from clip475.core.config import CLIP_MEAN, CLIP_STD, LabConfig
+from clip475.core.devices import autocast_dtype, pick_device, seed_everything
 from clip475.data.images import pack_images
 from clip475.data.pixels import normalize
 from clip475.data.scenes import caption_scene, draw_scene, make_scene
 from clip475.models.joint import ImageEncoder, build_backbone, projection_head
-from clip475.training.distributed import Processes
+from clip475.training.distributed import ProcessGroup
 from clip475.training.loss import info_nce
-from clip475.training.steps import PreparedSplit, _training_mode, epoch_batches, start_training, train_step
+from clip475.training.steps import (
+    PreparedSplit,
+    _set_training_mode,
+    epoch_batches,
+    start_training,
+    train_step,
+)
 
 GFLOP_PER_IMAGE = (
     3 * 2 * 4.09
@@ -165,26 +172,26 @@ def open_clip_side(split, config, device):
         yield
 
 
-def our_side(train, config, us):
-    state = start_training(config, us)
-    _training_mode(state.model, config)
-    for pixels, texts, rows, text_rows in forever(lambda: epoch_batches(train, config, 0, us)):
+def our_side(train, config, process_group):
+    state = start_training(config, process_group)
+    _set_training_mode(state.model, config)
+    for pixels, texts, rows, text_rows in forever(lambda: epoch_batches(train, config, 0, process_group)):
         train_step(state, pixels, texts, rows, 3e-4, config, text_rows)
         yield
 
 
-def ceiling_side(train, config, us):
+def ceiling_side(train, config, process_group):
     "(d): the same forward and backward on one resident batch, nothing else."
-    state, dtype = start_training(config, us), autocast_dtype(config, us.device)
-    _training_mode(state.model, config)
+    state, dtype = start_training(config, process_group), autocast_dtype(config, process_group.device)
+    _set_training_mode(state.model, config)
     rows = torch.arange(config.batch_size)
     pixels, texts = (
-        normalize(torch.from_numpy(np.array(train.pixels[: config.batch_size]))).to(us.device),
-        train.text_embeddings[train.split.first_caption[: config.batch_size]].to(us.device),
+        normalize(torch.from_numpy(np.array(train.pixels[: config.batch_size]))).to(process_group.device),
+        train.text_embeddings[train.split.first_caption[: config.batch_size]].to(process_group.device),
     )
     while True:
         state.model.zero_grad(set_to_none=True)
-        with torch.autocast(us.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with torch.autocast(process_group.device.type, dtype=dtype, enabled=dtype != torch.float32):
             embeddings = state.encode(pixels)
         info_nce(embeddings, texts, state.model.logit_scale, rows).backward()
         yield
@@ -228,7 +235,7 @@ def measure(batch, rounds):
     from clip475.data.tokens import load_tokenizer, tokenize
 
     device = pick_device()
-    us = Processes(device=device)
+    process_group = ProcessGroup(device=device)
     config = LabConfig.from_preset(
         "coco",
         data="scenes",
@@ -245,8 +252,8 @@ def measure(batch, rounds):
             split, pack_images(split, 224, folder=Path(folder) / "packed", progress=False), cached
         )
         sides = {
-            "ours": our_side(train, config, us),
-            "ceiling": ceiling_side(train, config, us),
+            "ours": our_side(train, config, process_group),
+            "ceiling": ceiling_side(train, config, process_group),
             "loop": loop_side(split, tokens, cached, config, device, True),
             "cached": loop_side(split, tokens, cached, config, device, False),
             "open_clip": open_clip_side(split, config, device),
@@ -257,7 +264,7 @@ def measure(batch, rounds):
             sides.clear()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            alone = our_side(train, config, us)
+            alone = our_side(train, config, process_group)
             for _ in range(2):
                 next(alone)
             peak_memory = torch.cuda.max_memory_allocated()

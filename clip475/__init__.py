@@ -6,6 +6,7 @@ are imported when they are first used: `import clip475` itself costs next to not
 
 import sys
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -17,14 +18,38 @@ if sys.version_info < (3, 11):
 
 _PACKAGES = ("core", "data", "models", "training", "evaluation", "searching", "studies", "app")
 
+# Type checkers and editors read these imports; Python itself goes by the table below.
+if TYPE_CHECKING:
+    from .app.checks import check as check
+    from .core.config import LabConfig as LabConfig
+    from .core.files import LabError as LabError
+    from .evaluation.retrieval import recall_at_k as recall_at_k
+    from .models.freezing import freeze as freeze
+    from .searching.folder import search as search
+    from .searching.model import ImageTextModel as ImageTextModel
+    from .searching.model import classify as classify
+    from .searching.model import encode_image as encode_image
+    from .searching.model import encode_text as encode_text
+    from .searching.model import load as load
+    from .searching.model import similarity as similarity
+    from .training.loss import info_nce as contrastive_loss
+    from .training.loss import info_nce as info_nce
+
 # name: (module, name in it)
 _FRONT_DOOR = {
+    "load": ("searching.model", "load"),
+    "ImageTextModel": ("searching.model", "ImageTextModel"),
+    "encode_image": ("searching.model", "encode_image"),
+    "encode_text": ("searching.model", "encode_text"),
+    "similarity": ("searching.model", "similarity"),
+    "classify": ("searching.model", "classify"),
+    "search": ("searching.folder", "search"),
+    "contrastive_loss": ("training.loss", "info_nce"),
+    "info_nce": ("training.loss", "info_nce"),
+    "recall_at_k": ("evaluation.retrieval", "recall_at_k"),
+    "freeze": ("models.freezing", "freeze"),
     "LabConfig": ("core.config", "LabConfig"),
     "LabError": ("core.files", "LabError"),
-    "freeze": ("models.text", "freeze"),
-    "info_nce": ("training.loss", "info_nce"),
-    "contrastive_loss": ("training.loss", "info_nce"),
-    "recall_at_k": ("evaluation.retrieval", "recall_at_k"),
     "check": ("app.checks", "check"),
 }
 

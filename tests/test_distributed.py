@@ -73,32 +73,32 @@ EQUAL = """
 import json, sys, torch
 from pathlib import Path
 from clip475.core.config import LabConfig
-from clip475.training.distributed import Processes, _first_process_first, processes
-from clip475.training.steps import epoch_batches, prepare_data, start_training, train_step, _training_mode
+from clip475.training.distributed import ProcessGroup, _main_process_first, join_processes
+from clip475.training.steps import epoch_batches, prepare_data, start_training, train_step, _set_training_mode
 
 torch.set_num_threads(1)
 base = LabConfig.from_preset("tiny", train_images=64, val_images=16, epochs=1, batch_size=32, image_size=32, precision="fp32", freeze_batchnorm=True)
 
-def first_step(config, us):
-    state = start_training(config, us)
+def first_step(config, process_group):
+    state = start_training(config, process_group)
     state.optimizer.step = lambda *a, **k: None        # keep the gradients, leave the weights
-    _training_mode(state.model, config)
-    pixels, texts, rows, text_rows = next(iter(epoch_batches(train, config, 0, us)))
+    _set_training_mode(state.model, config)
+    pixels, texts, rows, text_rows = next(iter(epoch_batches(train, config, 0, process_group)))
     numbers = train_step(state, pixels, texts, rows, 1e-3, config, text_rows)
     return numbers.tolist(), {n: p.grad for n, p in state.model.named_parameters() if p.grad is not None}
 
 found = {}
-with processes() as us:
-    with _first_process_first(us): train, val = prepare_data(base, progress=False)
+with join_processes() as process_group:
+    with _main_process_first(process_group): train, val = prepare_data(base, progress=False)
     for name, fields in {"plain": {}, "micro_batch": {"micro_batch": 3}, "siglip": {"loss": "siglip"}, "captions": {"loss": "multi-positive", "captions_per_image": 2}, "clipped": {"clip_grad_norm": .5}}.items():
         config = base.replace(**fields)
-        numbers, grads = first_step(config, us)
-        if us.first:
-            alone, expected = first_step(config.replace(micro_batch=None), Processes(device=torch.device("cpu")))
+        numbers, grads = first_step(config, process_group)
+        if process_group.is_main:
+            alone, expected = first_step(config.replace(micro_batch=None), ProcessGroup(device=torch.device("cpu")))
             largest = max(g.abs().max().item() for g in expected.values())
             found[name] = {"same parameters": grads.keys() == expected.keys(), "loss": abs(numbers[0] - alone[0]), "norm": abs(numbers[1] - alone[1])/alone[1],
                            "gradient": max((grads[n] - g).abs().max().item() for n, g in expected.items())/largest, "scalars": sorted(n for n in grads if n.startswith("logit"))}
-if us.first: Path(sys.argv[1]).write_text(json.dumps(found))
+if process_group.is_main: Path(sys.argv[1]).write_text(json.dumps(found))
 """
 
 
@@ -141,12 +141,12 @@ def test_resuming_with_another_number_of_processes(place, alone):
     script = """
 import sys, torch
 from clip475.core.config import LabConfig
-from clip475.training.distributed import processes
+from clip475.training.distributed import join_processes
 from clip475.training.runs import fit
 from clip475.training.steps import prepare_data
 config = LabConfig.load("alone/config.json")
 def stop_after_one(state): raise SystemExit
-with processes() as us: fit(config, *prepare_data(config, progress=False), "half", progress=False, us=us, watch=stop_after_one)
+with join_processes() as process_group: fit(config, *prepare_data(config, progress=False), "half", progress=False, process_group=process_group, watch=stop_after_one)
 """
     (place / "half.py").write_text(script)
     run(place, sys.executable, "half.py")
@@ -167,20 +167,20 @@ def test_one_process_dies_and_the_run_ends_with_a_word(place, alone):
 import os, signal, sys, torch
 from clip475.core.config import LabConfig
 from clip475.core.files import LabError
-from clip475.training.distributed import processes
+from clip475.training.distributed import join_processes
 from clip475.training.runs import fit
 from clip475.training.steps import prepare_data
 import clip475.training.runs as runs
 torch.set_num_threads(1)
 config = LabConfig.from_preset("tiny", train_images=64, val_images=16, epochs=50, batch_size=16, image_size=32)
 try:
-    with processes(minutes=1) as us:
+    with join_processes(minutes=1) as process_group:
         real = runs.train_epoch
         def train_epoch(state, *args):
-            if state.epoch == 1 and us.rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+            if state.epoch == 1 and process_group.rank == 1: os.kill(os.getpid(), signal.SIGKILL)
             return real(state, *args)
         runs.train_epoch = train_epoch
-        fit(config, *prepare_data(config, progress=False), "dying", progress=False, us=us)
+        fit(config, *prepare_data(config, progress=False), "dying", progress=False, process_group=process_group)
 except LabError as e: sys.exit(f"clip475: {e}")
 """
     (place / "dying.py").write_text(script)

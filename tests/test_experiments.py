@@ -1,4 +1,4 @@
-"The grid of 10d: arms begin alike, frozen parts keep every bit, a killed grid goes on, the table says what was measured."
+"The freezing study: equal starts, frozen parts that keep every bit, a killed experiment that goes on, true tables."
 
 import json
 import os
@@ -17,29 +17,28 @@ import clip475.studies.freezing as experiments
 from clip475.core.files import LabError, error_message, save_tensors
 from clip475.data.scenes import _VAL_START, caption_scene
 from clip475.models.freezing import changed_tensors, snapshot
-from clip475.models.text import weights_fingerprint
 from clip475.studies.claims import _difference, _interval, _verdict_word, grid_table, verdicts
 from clip475.studies.freezing import (
     ARMS,
     _all_batches,
-    _arm_groups,
     _check_alike,
-    _grid,
-    _start_arm,
-    _train_arm,
-    _unchanged,
+    _frozen_names,
+    _optimizer_groups,
+    _planned_runs,
+    _start_run,
+    _train,
     frozen_experiment,
 )
 from clip475.studies.held_out import (
     _NOVELTIES,
     _SCALES,
     _arm_config,
-    _draw_until,
+    _collect_scenes,
+    _make_data,
     _novelty,
+    _pretrain_backbone,
     _questions,
     _Scale,
-    _stand_in_backbone,
-    make_world,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,15 +47,15 @@ SOME = ["spec", "all", "head-only", "random text, frozen", "no L2", "spec, no ca
 
 
 @pytest.fixture(scope="module")
-def world():
-    return make_world(NANO)
+def data():
+    return _make_data(NANO)
 
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
     torch.set_num_threads(1)
     file = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
-    save_tensors(file, _stand_in_backbone(NANO, _arm_config(NANO, 7))[0])
+    save_tensors(file, _pretrain_backbone(NANO, _arm_config(NANO, 7))[0])
     return file
 
 
@@ -67,15 +66,15 @@ def experiment(tmp_path_factory):
     return frozen_experiment(tmp_path_factory.mktemp("runs") / "all", NANO, progress=False, arms=SOME)
 
 
-def test_training_shows_and_says_nothing_that_is_held_out(world):
-    text = " ".join(world.train.split.captions).lower().split()
+def test_training_shows_and_says_nothing_that_is_held_out(data):
+    text = " ".join(data.train.split.captions).lower().split()
     assert not {"purple", "elephant", "elephants", "above", "below", "over", "beneath", "higher"} & set(
         text
     )  # "under" the stars is a place
 
 
 def test_gallery_scenes_are_new_in_one_way_each():
-    found = _draw_until(42, _VAL_START, {name: 5 for name in _NOVELTIES})
+    found = _collect_scenes(42, _VAL_START, {name: 5 for name in _NOVELTIES})
     for name, scenes in found.items():
         assert len(scenes) == 5 and all(_novelty(s) == (set() if name == "seen" else {name}) for s in scenes)
         for s in scenes:
@@ -84,10 +83,10 @@ def test_gallery_scenes_are_new_in_one_way_each():
             )  # a caption never says more than its picture shows
 
 
-def test_questions_differ_in_one_word(world):
-    for group, some in _questions(world).items():
+def test_questions_differ_in_one_word(data):
+    for group, some in _questions(data).items():
         for row, options in some:
-            assert world.group[row] == group and len(set(options)) == len(options) >= 2
+            assert data.group[row] == group and len(set(options)) == len(options) >= 2
             first = options[0].rstrip(".").split()
             for other in options[1:]:
                 words = other.rstrip(".").split()
@@ -96,13 +95,13 @@ def test_questions_differ_in_one_word(world):
                 )
 
 
-def test_arms_of_a_seed_begin_alike_and_seeds_differ(backbone):
-    marks = {
-        (name, seed): [weights_fingerprint(part) for part in (m.image_encoder, m.text_encoder.tower)]
-        for name in ARMS
-        for seed in ((1, 2) if name in ("spec", "random text, frozen") else (1,))
-        for m in [_start_arm(ARMS[name], _arm_config(NANO, seed, backbone))[0]]
+def test_arms_of_a_seed_begin_alike_and_seeds_differ(data, backbone):
+    planned = [(name, 1) for name in ARMS] + [("spec", 2), ("random text, frozen", 2)]
+    starts = {
+        (name, seed): _start_run(ARMS[name], data, _arm_config(NANO, seed, backbone)).start
+        for name, seed in planned
     }
+    marks = {key: (start["image"], start["text"]) for key, start in starts.items()}
     assert len({image for (_, seed), (image, _) in marks.items() if seed == 1}) == 1
     assert marks["spec", 1][0] != marks["spec", 2][0]
     for kind in ("pretrained", "random"):
@@ -113,18 +112,18 @@ def test_arms_of_a_seed_begin_alike_and_seeds_differ(backbone):
     assert marks["random text, frozen", 1][1] != marks["random text, frozen", 2][1]
 
 
-def test_all_arms_begin_with_the_common_backbone(backbone):
+def test_all_arms_begin_with_the_common_backbone(data, backbone):
     from safetensors.torch import load_file
 
-    model = _start_arm(ARMS["all"], _arm_config(NANO, 1, backbone))[0]
+    model = _start_run(ARMS["all"], data, _arm_config(NANO, 1, backbone)).model
     assert all(
         torch.equal(model.image_encoder.backbone.state_dict()[k], v) for k, v in load_file(backbone).items()
     )
 
 
-def test_order_follows_from_the_seed_alone(world, backbone):
+def test_order_follows_from_the_seed_alone(data, backbone):
     orders = [
-        torch.cat([captions for _, captions, _ in _all_batches(world, _arm_config(NANO, seed, backbone))])
+        torch.cat([captions for _, captions, _ in _all_batches(data, _arm_config(NANO, seed, backbone))])
         for seed in (1, 1, 2)
     ]
     assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
@@ -144,11 +143,12 @@ def test_order_follows_from_the_seed_alone(world, backbone):
         "spec, no cache",
     ],
 )
-def test_what_is_frozen_keeps_every_bit_and_the_rest_moves(world, backbone, name):
+def test_what_is_frozen_keeps_every_bit_and_the_rest_moves(data, backbone, name):
     config, arm = _arm_config(NANO, 1, backbone), ARMS[name]
-    model = _start_arm(arm, config)[0]
-    still, before = _unchanged(model), snapshot(model)
-    _train_arm(arm, model, world, config, experiments._Log())
+    run = _start_run(arm, data, config)
+    model = run.model
+    still, before = _frozen_names(model), snapshot(model)
+    _train(run, experiments._Log())
     moved = set(changed_tensors(before, snapshot(model)))
     assert not moved & still
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -158,18 +158,18 @@ def test_what_is_frozen_keeps_every_bit_and_the_rest_moves(world, backbone, name
     assert (name != "head-only") or any("running_mean" in n for n in still)
 
 
-def test_slower_text_learns_at_its_own_rate(backbone):
-    config = _arm_config(NANO, 1, backbone)
-    model = _start_arm(ARMS["all, text slower"], config)[0]
+def test_slower_text_learns_at_its_own_rate(data, backbone):
+    run = _start_run(ARMS["all, text slower"], data, _arm_config(NANO, 1, backbone))
+    model = run.model
     text = {id(p) for p in model.text_encoder.parameters()}
-    groups = _arm_groups(model, config, ARMS["all, text slower"])
+    groups = _optimizer_groups(run)
     assert all(group["rate"] == (0.1 if id(p) in text else 1) for group in groups for p in group["params"])
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
 
 def test_the_experiment_is_complete_and_fair(experiment):
-    assert len(experiment["results"]) == len(_grid(NANO, SOME)) == 2 * len(SOME) - 1
-    assert len(_grid(NANO)) == 2 * len(ARMS) - 1
+    assert len(experiment["results"]) == len(_planned_runs(NANO, SOME)) == 2 * len(SOME) - 1
+    assert len(_planned_runs(NANO)) == 2 * len(ARMS) - 1
     assert not any(r["frozen_moved"] for r in experiment["results"])
     trained = [r for r in experiment["results"] if r["steps"]]
     assert {r["steps"] for r in trained} == {4} and all(
@@ -228,7 +228,7 @@ def test_resume_reads_finished_arms_back(tmp_path, monkeypatch):
     monkeypatch.setattr(
         experiments,
         "_run_arm",
-        lambda arm, world, config: ran.append((arm.name, config.seed)) or real(arm, world, config),
+        lambda arm, data, config: ran.append((arm.name, config.seed)) or real(arm, data, config),
     )
     again = frozen_experiment(tmp_path / "run", NANO, resume=True, progress=False, arms=arms)
     assert ran == [("none", 2)] and again["results"] == first["results"]
@@ -273,10 +273,16 @@ def test_unfair_arms_do_not_stand_in_one_table(experiment, change, words):
 
 
 def test_a_killed_grid_loses_one_arm_at_most(tmp_path):
-    code = (
-        "import torch; torch.set_num_threads(1); from clip475.studies.freezing import frozen_experiment; from clip475.studies.held_out import _Scale; "
-        f"frozen_experiment({str(tmp_path / 'run')!r}, _Scale(48, 12, 8, 32, 12, 1, 2, (1, 2, 3, 4), 2), progress=False, arms=['none'])"
-    )
+    folder = tmp_path / "run"
+    code = f"""
+import torch
+from clip475.studies.freezing import frozen_experiment
+from clip475.studies.held_out import _Scale
+
+torch.set_num_threads(1)
+scale = _Scale(48, 12, 8, 32, 12, 1, 2, (1, 2, 3, 4), 2)
+frozen_experiment({str(folder)!r}, scale, progress=False, arms=["none"])
+"""
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},

@@ -13,23 +13,26 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from clip475.core.config import LabConfig, seed_everything
+from clip475.core.config import LabConfig
+from clip475.core.devices import seed_everything
 from clip475.core.files import error_message
-from clip475.models.freezing import POLICIES, apply_policy, snapshot, training_memory
-from clip475.models.joint import _trainable_parameters, build_model
+from clip475.models.freezing import snapshot
+from clip475.models.joint import _weight_decay_groups, build_model
+from clip475.models.policies import POLICIES, apply_policy
+from clip475.models.tables import component_table
 from clip475.training.meters import (
+    _embedding_drift,
+    _gradient_norms,
+    _largest_batch,
+    _linear_cka,
     _resting_bytes,
+    _similarity_drift,
     _step_parts,
     _tensor_bytes,
+    _weight_drift,
     activation_bytes,
-    embedding_drift,
-    gradient_norms,
-    largest_batch,
-    linear_cka,
     median_seconds,
     peak_bytes,
-    similarity_drift,
-    weight_drift,
 )
 
 TINY = LabConfig.from_preset("tiny", image_size=32)
@@ -67,16 +70,13 @@ def test_storages_count_once():
 @pytest.mark.parametrize("policy", ["spec", "head-only", "all"])
 def test_the_resting_bytes_are_those_of_the_table(model, policy):
     apply_policy(model, policy)
-    optimizer = torch.optim.AdamW(_trainable_parameters(model, 0.1))
+    optimizer = torch.optim.AdamW(_weight_decay_groups(model, 0.1))
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     optimizer.step()
-    found, said = _resting_bytes(model, optimizer), training_memory(model).iloc[-1]
-    assert (found["weights"] + found["buffers"], found["gradients"], found["optimizer"]) == (
-        said["weights"],
-        said["gradients"],
-        said["optimizer"],
-    )
+    found = _resting_bytes(model, optimizer)
+    expected = component_table(model).iloc[:-1].select_dtypes("number").sum()  # with the logit scale
+    assert all(found[name] == expected[name] for name in ("weights", "buffers", "gradients", "optimizer"))
     model.zero_grad()
     assert _resting_bytes(model) == found | {"gradients": 0, "optimizer": 0}
 
@@ -189,7 +189,7 @@ def test_the_peak_on_a_gpu_is_exact():
 @settings(deadline=None)
 @given(st.integers(0, 10**9), st.integers(1, 10**6), st.integers(2, 5000))
 def test_a_straight_line_gives_the_largest_batch(base, each, batch):
-    found = largest_batch(lambda b: base + each * b, base + each * batch + each // 2)
+    found = _largest_batch(lambda b: base + each * b, base + each * batch + each // 2)
     assert (
         found["batch"] == found["predicted"] == batch
         and found["bytes_per_item"] == each
@@ -207,7 +207,7 @@ def test_what_comes_out_always_fits(base, each, power, memory):
         return measured[-1][1]
 
     try:
-        found = largest_batch(measure, memory)
+        found = _largest_batch(measure, memory)
     except ValueError:
         assert base + each * 2**power > memory * 0.5 or base >= memory * 0.9
         return
@@ -217,9 +217,9 @@ def test_what_comes_out_always_fits(base, each, power, memory):
 
 
 def test_batches_that_cannot_be(specified):
-    error_message("hold no batch", largest_batch, lambda b: 2e9 + b, 1e9)
-    error_message("does not grow", largest_batch, lambda b: 5, 1e9)
-    assert largest_batch(lambda b: 10 * b, 1000, fixed=500)["batch"] == 50
+    error_message("hold no batch", _largest_batch, lambda b: 2e9 + b, 1e9)
+    error_message("does not grow", _largest_batch, lambda b: 5, 1e9)
+    assert _largest_batch(lambda b: 10 * b, 1000, fixed=500)["batch"] == 50
 
 
 # ---- time ----
@@ -272,20 +272,20 @@ def test_gradient_norms_make_the_whole(model):
     ).backward()
     whole = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
     for by in ("component", "layer"):
-        assert_close(math.hypot(*gradient_norms(model, by).values()), whole, rtol=1e-4, atol=0.0)
+        assert_close(math.hypot(*_gradient_norms(model, by).values()), whole, rtol=1e-4, atol=0.0)
     assert (
-        list(gradient_norms(model)) == ["backbone", "projection head", "text encoder", "logit scale"]
-        and gradient_norms(model)["logit scale"] == 3
+        list(_gradient_norms(model)) == ["backbone", "projection head", "text encoder", "logit scale"]
+        and _gradient_norms(model)["logit scale"] == 3
     )
-    layers = gradient_norms(model, "layer")
+    layers = _gradient_norms(model, "layer")
     assert_close(
         layers["image_encoder.head.2"],
         math.hypot(*(p.grad.double().norm().item() for p in model.image_encoder.head[2].parameters())),
     )
-    error_message("component, layer", gradient_norms, model, "block")
+    error_message("component, layer", _gradient_norms, model, "block")
     apply_policy(model, "spec")
-    assert gradient_norms(model)["text encoder"] == 0 and not any(
-        n.startswith("text_encoder") for n in gradient_norms(model, "layer")
+    assert _gradient_norms(model)["text encoder"] == 0 and not any(
+        n.startswith("text_encoder") for n in _gradient_norms(model, "layer")
     )
     model.zero_grad()
 
@@ -296,12 +296,12 @@ def test_gradient_norms_make_the_whole(model):
 def test_weight_drift_is_a_relative_distance(model):
     apply_policy(model, "spec")
     before = snapshot(model)
-    assert set(weight_drift(before, model).values()) == {0.0}
+    assert set(_weight_drift(before, model).values()) == {0.0}
     with torch.no_grad():
         for p in model.image_encoder.head.parameters():
             p.mul_(-1)
         model.logit_scale.mul_(1.25)
-    found = weight_drift(before, model)
+    found = _weight_drift(before, model)
     with torch.no_grad():
         for p in model.image_encoder.head.parameters():
             p.mul_(-1)
@@ -316,7 +316,7 @@ def test_weight_drift_is_a_relative_distance(model):
 
 def test_embedding_drift_is_a_mean_cosine():
     a, b = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[5.0, 0.0], [1.0, 0.0]])
-    assert embedding_drift(a, a) == 1 and embedding_drift(a, b) == 0.5 and embedding_drift(a, -a) == -1
+    assert _embedding_drift(a, a) == 1 and _embedding_drift(a, b) == 0.5 and _embedding_drift(a, -a) == -1
 
 
 @settings(deadline=None, max_examples=30)
@@ -329,10 +329,10 @@ def test_cka_sees_neither_rotation_nor_scale(seed, scale):
     )
     turn = torch.linalg.qr(torch.randn(8, 8, generator=g, dtype=torch.float64))[0]
     y = torch.randn(30, 5, generator=g, dtype=torch.float64)
-    assert_close(linear_cka(x, scale * x @ turn + shift), 1.0)
-    assert_close(linear_cka(x, y), linear_cka(y, x))
-    assert_close(linear_cka(x @ turn, y), linear_cka(x, y))
-    assert 0 <= linear_cka(x, y) < 1
+    assert_close(_linear_cka(x, scale * x @ turn + shift), 1.0)
+    assert_close(_linear_cka(x, y), _linear_cka(y, x))
+    assert_close(_linear_cka(x @ turn, y), _linear_cka(x, y))
+    assert 0 <= _linear_cka(x, y) < 1
 
 
 def test_cka_by_the_definition():
@@ -345,7 +345,7 @@ def test_cka_by_the_definition():
         return (k @ centre @ l @ centre).trace()
 
     k, l = x @ x.T, y @ y.T
-    assert_close(linear_cka(x, y), (hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt()).item())
+    assert_close(_linear_cka(x, y), (hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt()).item())
 
 
 def test_similarity_drift_known_by_hand():
@@ -354,7 +354,7 @@ def test_similarity_drift_known_by_hand():
         torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]),
     )
     # cosines of the pairs (01, 02, 12): 0, 1, 0 before; 1, 0, 0 after: each of two pairs moved by 1
-    assert_close(similarity_drift(one, two)["mean_change"], 2 / 3)
+    assert_close(_similarity_drift(one, two)["mean_change"], 2 / 3)
     turned = one @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
-    assert_close(similarity_drift(one, turned), {"cka": 1.0, "mean_change": 0.0})
-    assert embedding_drift(one, turned) == 0  # every embedding moved by a right angle, and no similarity did
+    assert_close(_similarity_drift(one, turned), {"cka": 1.0, "mean_change": 0.0})
+    assert _embedding_drift(one, turned) == 0  # every embedding moved by a right angle, and no similarity did

@@ -10,33 +10,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from clip475.core.config import LabConfig, seed_everything
+from clip475.core.config import LabConfig
+from clip475.core.devices import seed_everything
 from clip475.core.files import error_message
 from clip475.data.tokens import load_tokenizer, tokenize
-from clip475.models.freezing import (
-    POLICIES,
-    apply_policy,
-    audit_freeze,
-    changed_tensors,
-    snapshot,
-    training_memory,
-)
+from clip475.models.freezing import audit_freeze, changed_tensors, snapshot
 from clip475.models.joint import (
-    _trainable_parameters,
-    _trained_state,
+    _state_to_save,
+    _style_parameter_table,
+    _weight_decay_groups,
     build_model,
     load_model,
     parameter_groups,
     parameter_summary,
     parameter_table,
     save_model,
-    style_parameter_table,
 )
+from clip475.models.policies import POLICIES, apply_policy
 from clip475.models.tables import (
-    _parts,
+    _markdown_table,
+    _model_parts,
+    _plot_parameters,
     component_table,
-    markdown_table,
-    plot_parameters,
     plot_towers,
     specification_table,
 )
@@ -91,7 +86,7 @@ def loss_of(model, tokens):
 
 
 def train_a_little(model, tokens, groups=None, steps=3):
-    optimizer = torch.optim.AdamW(groups or _trainable_parameters(model, 0.1), lr=1e-2)
+    optimizer = torch.optim.AdamW(groups or _weight_decay_groups(model, 0.1), lr=1e-2)
     for _ in range(steps):
         loss = loss_of(model.train(), tokens)
         optimizer.zero_grad()
@@ -137,7 +132,7 @@ def test_last_n_counts_blocks(specified):
         counts[0] == GOLDEN["last-block"] and counts[2] == GOLDEN["last-n"] and counts == sorted(set(counts))
     )
     assert counts[-1] == GOLDEN["spec"] - sum(
-        p.numel() for m in _parts(specified)["stem"] for p in m.parameters()
+        p.numel() for m in _model_parts(specified)["stem"] for p in m.parameters()
     )
     for n in (0, 17, None, -1):
         error_message("from 1 to 16", apply_policy, specified, "last-n", n=n)
@@ -190,7 +185,7 @@ def test_what_is_frozen_stays_to_the_bit(model, tokens, policy, batchnorm):
     assert moved == trained | follow, sorted(moved ^ (trained | follow))
     assert audit_freeze(model).empty
     held = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values())
-    assert training_memory(model)["optimizer"].iloc[-1] == held
+    assert component_table(model)["optimizer"].iloc[:-1].sum() == held
 
 
 def test_statistics_that_are_frozen_hold_in_every_mode(model):
@@ -227,8 +222,8 @@ def state_of(model):
         {n: p.requires_grad for n, p in model.named_parameters()},
         modes,
         model.text_encoder.frozen,
-        model.held,
-        model.image_encoder.held,
+        model.frozen_parts,
+        model.image_encoder.frozen_parts,
         model.policy,
     )
 
@@ -272,9 +267,9 @@ def test_the_report_says_what_changed(model):
     )
     assert (
         table.loc["projection head", "newly frozen"] == 0
-        and table.loc["layer1", "BatchNorm"] == "2 of 2 held"
+        and table.loc["layer1", "BatchNorm"] == "2 of 2 frozen"
     )
-    assert apply_policy(model, "spec").table.set_index("part").loc["layer1", "BatchNorm"] == "0 of 2 held"
+    assert apply_policy(model, "spec").table.set_index("part").loc["layer1", "BatchNorm"] == "0 of 2 frozen"
 
 
 # ---- no graph where nothing trains ----
@@ -333,7 +328,7 @@ def test_a_freeze_that_is_undone_by_hand_is_named(model):
     found = audit_freeze(model)
     assert (
         "image_encoder.backbone.layer2.0.bn1" in found["module"].tolist()
-        and found["finding"].str.contains("drift|holds").all()
+        and found["finding"].str.contains("drift|freezes its statistics").all()
     )
     model.train()
     assert audit_freeze(model).empty
@@ -364,7 +359,7 @@ def test_gradients_of_what_is_frozen_are_dropped(model, tokens):
 
 
 def text_saved(model):
-    return any(k.startswith("text_encoder.") for k in _trained_state(model))
+    return any(k.startswith("text_encoder.") for k in _state_to_save(model))
 
 
 def test_a_text_tower_that_trained_is_never_lost(model, tokens, tmp_path):
@@ -409,9 +404,9 @@ def test_the_logit_bias_is_there_for_the_sigmoid_loss_alone(tmp_path, tokens):
     assert (
         plain.logit_bias is None
         and "logit_bias" not in plain.state_dict()
-        and "logit_bias" in _trained_state(model)
+        and "logit_bias" in _state_to_save(model)
     )
-    assert any(p is model.logit_bias for p in _trainable_parameters(model, 0.1)[1]["params"])
+    assert any(p is model.logit_bias for p in _weight_decay_groups(model, 0.1)[1]["params"])
     table, summary = parameter_table(model), parameter_summary(model)
     assert table["component"].tolist()[-3:] == [
         "logit scale",
@@ -442,7 +437,7 @@ def ids(groups):
 def test_default_groups_train_to_the_same_bits(fresh, tokens):
     results = []
     for groups in (
-        lambda m: _trainable_parameters(m, TINY.weight_decay),
+        lambda m: _weight_decay_groups(m, TINY.weight_decay),
         lambda m: parameter_groups(m, TINY),
     ):
         model = copy.deepcopy(fresh)
@@ -456,7 +451,7 @@ def test_default_groups_train_to_the_same_bits(fresh, tokens):
 def test_default_groups_are_the_two_of_trainable_parameters(model, policy):
     apply_policy(model, policy)
     groups = parameter_groups(model, TINY)
-    assert ids(groups) == [g for g in ids(_trainable_parameters(model, TINY.weight_decay)) if g] and all(
+    assert ids(groups) == [g for g in ids(_weight_decay_groups(model, TINY.weight_decay)) if g] and all(
         g["rate"] == 1 for g in groups
     )
 
@@ -477,7 +472,7 @@ def test_stages_learn_at_their_own_rates(specified):
         "projection head": 1,
         "logit scale": 1,
     }
-    for part, things in _parts(specified).items():
+    for part, things in _model_parts(specified).items():
         for p in [
             p
             for t in things
@@ -551,9 +546,9 @@ def test_component_table_is_exact(specified):
     fine = component_table(specified, fine=True)
     for column in ("parameters", "trainable", "frozen", "weights", "gradients", "optimizer", "buffers"):
         assert fine[column].iloc[:-2].sum() == fine[column].iloc[-1] == table[column].iloc[-1]
-    assert "23,508,032" in style_parameter_table(
+    assert "23,508,032" in _style_parameter_table(
         component_table(specified)
-    ).to_html() and "| 63,428,096 | 0 |" in markdown_table(component_table(specified))
+    ).to_html() and "| 63,428,096 | 0 |" in _markdown_table(component_table(specified))
 
 
 def test_tables_take_any_module_and_count_what_is_shared_once():
@@ -598,6 +593,6 @@ def test_drawings_show_every_policy(model, policy):
     ) == (policy not in ("none", "norms-only"))
     assert ("partly frozen" in words) == (policy == "norms-only")
     assert f"τ {'fixed' if policy == 'none' else 'learned'}, now 0.070" in words
-    assert f"{parameter_summary(model)['total']:,}" in texts_of(plot_parameters(model)) and not any(
+    assert f"{parameter_summary(model)['total']:,}" in texts_of(_plot_parameters(model)) and not any(
         m._forward_hooks for m in model.modules()
     )

@@ -116,12 +116,12 @@ def test_our_rectangle_is_that_of_transformers(tokenizer, padding):
 
 
 def test_portions_make_no_difference(tokenizer):
-    from clip475.data.tokens import token_ids
+    from clip475.data.tokens import _token_ids
 
     texts = [clean_text(c) for c in CAPTIONS]
     for portion in (1, 4, 6):
-        assert [i.tolist() for i in token_ids(texts, tokenizer, 77, portion)] == [
-            i.tolist() for i in token_ids(texts, tokenizer)
+        assert [i.tolist() for i in _token_ids(texts, tokenizer, 77, portion)] == [
+            i.tolist() for i in _token_ids(texts, tokenizer)
         ]
 
 

@@ -16,10 +16,10 @@ import clip475.training.steps as train_module
 from clip475.core.config import LabConfig
 from clip475.core.files import LabError
 from clip475.models.joint import load_model
-from clip475.training.runs import _check_run_folder, _checkpoint_files, fit, load_checkpoint
+from clip475.training.runs import _check_run_folder, _checkpoint_files, _load_checkpoint, fit
 from clip475.training.steps import (
-    _evaluation_model,
-    _training_mode,
+    _model_to_evaluate,
+    _set_training_mode,
     epoch_batches,
     prepare_data,
     start_training,
@@ -43,8 +43,8 @@ def one_step(config, train, keep_weights=True):
     state = start_training(config)
     if keep_weights:
         state.optimizer.step = lambda *a, **k: None
-    _training_mode(state.model, config)
-    pixels, texts, rows, text_rows = next(iter(epoch_batches(train, config, 0, state.us)))
+    _set_training_mode(state.model, config)
+    pixels, texts, rows, text_rows = next(iter(epoch_batches(train, config, 0, state.process_group)))
     numbers = train_step(state, pixels, texts, rows, 1e-3, config, text_rows)
     return (
         state,
@@ -77,8 +77,8 @@ def test_rates_of_the_backbone_and_its_stages(data):
     config = BASE.replace(backbone_rate=0.1, layer_decay=0.5, weight_decay=0.0)
     state, before = start_training(config), None
     before = {n: p.detach().clone() for n, p in state.model.named_parameters()}
-    _training_mode(state.model, config)
-    pixels, texts, rows, text_rows = next(iter(epoch_batches(data[0], config, 0, state.us)))
+    _set_training_mode(state.model, config)
+    pixels, texts, rows, text_rows = next(iter(epoch_batches(data[0], config, 0, state.process_group)))
     train_step(state, pixels, texts, rows, 1e-3, config, text_rows)
     # AdamW's first step moves every weight by its learning rate, whatever the gradient
     moved = {n: (p.detach() - before[n]).abs().max().item() for n, p in state.model.named_parameters()}
@@ -107,11 +107,11 @@ def test_the_average_is_that_of_weights_and_buffers(data):
         expected = now if expected is None else {k: 0.75 * v + 0.25 * now[k] for k, v in expected.items()}
 
     train_epoch(state, data[0], config, progress=False, after_step=follow)
-    averaged = _evaluation_model(state).image_encoder.state_dict()
+    averaged = _model_to_evaluate(state).image_encoder.state_dict()
     assert any("running_var" in k for k in expected) and len(expected) > 30
     for k, v in expected.items():
         torch.testing.assert_close(averaged[k], v, atol=1e-5, rtol=1e-4)
-    assert _evaluation_model(state).logit_scale.item() == state.model.logit_scale.item()
+    assert _model_to_evaluate(state).logit_scale.item() == state.model.logit_scale.item()
 
 
 def test_frozen_statistics_stay_to_the_bit_and_weights_train(data):
@@ -233,7 +233,7 @@ def test_a_diverged_run_leaves_its_last_good_checkpoint(data, tmp_path):
         ),
     ):
         fit(config, *data, tmp_path / "run", progress=False)
-    state = load_checkpoint(config, tmp_path / "run")
+    state = _load_checkpoint(config, tmp_path / "run")
     assert state.step == 5 and all(v.isfinite().all() for v in state.model.state_dict().values())
 
 
@@ -276,13 +276,13 @@ def test_a_truncated_or_foreign_checkpoint_is_passed_over(data, tmp_path):
         newest.write_bytes(content[:cut])
         said.clear()
         assert (
-            load_checkpoint(config, tmp_path / "run", warn=said.append).step == int(before.stem[5:])
+            _load_checkpoint(config, tmp_path / "run", warn=said.append).step == int(before.stem[5:])
             and len(said) == 1
             and newest.name in said[0]
         )
     before.write_bytes(b"")
     with pytest.raises(LabError, match="no other in its folder"):
-        load_checkpoint(config, tmp_path / "run", warn=said.append)
+        _load_checkpoint(config, tmp_path / "run", warn=said.append)
 
 
 def test_a_bit_that_flipped_and_a_checkpoint_of_another_run_are_passed_over(data, tmp_path):
@@ -293,10 +293,10 @@ def test_a_bit_that_flipped_and_a_checkpoint_of_another_run_are_passed_over(data
     content[len(content) // 2] ^= 1  # in the middle of some weight
     newest.write_bytes(content)
     other = BASE.replace(seed=7)
-    runs.save_checkpoint(start_training(other), other, tmp_path / "other")
+    runs._save_checkpoint(start_training(other), other, tmp_path / "other")
     foreign = newest.with_name("step-00000099.pt")
     foreign.write_bytes((tmp_path / "other" / "checkpoint" / "step-00000000.pt").read_bytes())
-    state = load_checkpoint(config, tmp_path / "run", warn=said.append)
+    state = _load_checkpoint(config, tmp_path / "run", warn=said.append)
     assert (
         state.step == int(before.stem[5:])
         and len(said) == 2
@@ -325,7 +325,7 @@ def test_numbers_of_numpy_in_the_metrics_do_no_harm(data, tmp_path):
         measure=lambda e, v: {"i2t_R@1": np.float64(0.5), "t2i_R@1": torch.tensor(0.25)},
         progress=False,
     )
-    assert load_checkpoint(BASE, tmp_path / "run").metrics[-1]["i2t_R@1"] == 0.5
+    assert _load_checkpoint(BASE, tmp_path / "run").metrics[-1]["i2t_R@1"] == 0.5
 
 
 def test_fp16_that_skips_every_step_is_stopped(data):
@@ -345,7 +345,7 @@ def test_loading_a_checkpoint_never_runs_code(data, tmp_path):
     (tmp_path / "run" / "checkpoint").mkdir(parents=True)
     torch.save({"format": 2, "trap": Trap()}, tmp_path / "run" / "checkpoint" / "step-00000001.pt")
     with pytest.raises(LabError, match="no other in its folder"):
-        load_checkpoint(BASE, tmp_path / "run", warn=lambda m: None)
+        _load_checkpoint(BASE, tmp_path / "run", warn=lambda m: None)
     assert not (tmp_path / "trapped").exists()
 
 

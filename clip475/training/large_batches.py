@@ -21,13 +21,13 @@ class _Kept:
 
     def __init__(self, tensor, held):
         storage = tensor.untyped_storage()
-        self.tensor, self.held, self.key = tensor, held, (storage.data_ptr(), storage.nbytes())
+        self.tensor, self.frozen_parts, self.key = tensor, held, (storage.data_ptr(), storage.nbytes())
         held[self.key] += 1
 
     def __del__(self):
-        self.held[self.key] -= 1
-        if not self.held[self.key]:
-            del self.held[self.key]
+        self.frozen_parts[self.key] -= 1
+        if not self.frozen_parts[self.key]:
+            del self.frozen_parts[self.key]
 
 
 def _peak_saved_bytes(step, besides=()):

@@ -24,11 +24,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from ..core.config import autocast, autocast_dtype, pick_device, seed_everything
+from ..core.devices import autocast, autocast_dtype, pick_device, seed_everything
 from ..core.files import LabError, cache_dir, fingerprint
 from ..data.captions import CaptionSplit
 from clip475.data.images import (
-    BadImages,
+    _BadImages,
     _caption_choice,
     _caption_choices,
     batches,
@@ -42,11 +42,11 @@ from ..data.tokens import load_tokenizer
 from ..models.joint import DualEncoder, build_model, parameter_groups
 from ..models.text import caption_embeddings, load_text_encoder
 from clip475.training.distributed import (
-    Processes,
+    ProcessGroup,
     _distributed_module,
     _share_of_batch,
-    _unsynchronised,
-    gather_rows,
+    _no_gradient_sync,
+    _gather_rows,
 )
 from .large_batches import cached_backward
 from .loss import batch_loss, clamp_logit_scale_
@@ -124,7 +124,7 @@ def _pack(root, config, names, progress, rebuild):
         ]
         try:
             return splits, [pack(s) for s in splits], bad
-        except BadImages as e:
+        except _BadImages as e:
             if config.on_bad == "fail":
                 raise
             bad.setdefault(e.split, []).extend((id, Path(path).name, reason) for id, path, reason in e.bad)
@@ -166,13 +166,13 @@ class TrainState:
     model: DualEncoder
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # for fp16
-    us: Processes
+    process_group: ProcessGroup
     encode: Callable  # pixels (b, 3, S, S) → embeddings (b, D)
     average: AveragedModel | None = None  # of the image encoder, with its buffers
     step: int = 0  # finished steps
     metrics: list = field(default_factory=list)  # a row for each finished epoch
     log: list = field(default_factory=list)  # a row for each finished step
-    waiting: list = field(default_factory=list)  # the same for the last few, still on the device
+    pending: list = field(default_factory=list)  # the same for the last few, still on the device
     seconds: float = 0.0  # spent in the epoch at hand
     best: dict = field(default_factory=dict)  # epoch and score of the best model so far
     data: dict = field(default_factory=dict)  # fingerprints of what it is trained on
@@ -182,36 +182,36 @@ class TrainState:
         return len(self.metrics)
 
 # %% ../../nbs/lib/training/04_steps.ipynb #9868dccc
-def _encoder(model, config, us):
+def _encoder(model, config, process_group):
     "What a step calls to embed pixels."
-    if us.count > 1 and config.compile:
+    if process_group.world_size > 1 and config.compile:
         raise LabError("compile works with one process; leave it out, or train without torchrun")
-    if us.count > 1:
+    if process_group.world_size > 1:
         return _distributed_module(
             model.image_encoder,
             [p for p in (model.logit_scale, model.logit_bias) if p is not None],
-            us,
+            process_group,
             config.sync_batchnorm,
         )
     return torch.compile(model.image_encoder) if config.compile else model.encode_image
 
 
-def start_training(config, us=None, backbone_weights=True):
+def start_training(config, process_group=None, backbone_weights=True):
     "A fresh `TrainState`: the model of `config` with seeded random parts, and AdamW (Loshchilov and Hutter 2019)."
-    us = us or Processes(device=pick_device())
+    process_group = process_group or ProcessGroup(device=pick_device())
     seed_everything(config.seed)
     model = (
         build_model(config, backbone_weights=backbone_weights)
-        .to(us.device, memory_format=torch.channels_last)
+        .to(process_group.device, memory_format=torch.channels_last)
         .train()
     )
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config),
         lr=config.learning_rate,
         betas=(0.9, 0.98),
-        fused=us.device.type in ("cpu", "cuda"),
+        fused=process_group.device.type in ("cpu", "cuda"),
     )
-    scaler = torch.amp.GradScaler(us.device.type, enabled=autocast_dtype(config, us.device) == torch.float16)
+    scaler = torch.amp.GradScaler(process_group.device.type, enabled=autocast_dtype(config, process_group.device) == torch.float16)
     average = (
         AveragedModel(
             model.image_encoder, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
@@ -219,10 +219,10 @@ def start_training(config, us=None, backbone_weights=True):
         if config.ema_decay
         else None
     )
-    return TrainState(model, optimizer, scaler, us, _encoder(model, config, us), average)
+    return TrainState(model, optimizer, scaler, process_group, _encoder(model, config, process_group), average)
 
 # %% ../../nbs/lib/training/04_steps.ipynb #d34ac23f
-def _training_mode(model, config):
+def _set_training_mode(model, config):
     "Put `model` in training mode; with `freeze_batchnorm`, its BatchNorm layers keep the statistics that they have."
     model.train()
     if config.freeze_batchnorm:
@@ -234,7 +234,7 @@ def _training_mode(model, config):
 # %% ../../nbs/lib/training/04_steps.ipynb #c4f0d44c
 def _embed(state, pixels, config):
     "Unit-norm embeddings (b, D) of uint8 pixels (b, S, S, 3), in the run's arithmetic."
-    with autocast(config, state.us.device):
+    with autocast(config, state.process_group.device):
         return state.encode(normalize(pixels, config.image_mean, config.image_std))
 
 
@@ -252,7 +252,7 @@ def _backward(state, pixels, loss_of, config):
 
     def encode(i):
         with (
-            _unsynchronised(state.encode)
+            _no_gradient_sync(state.encode)
             if torch.is_grad_enabled() and i < len(chunks) - 1
             else nullcontext()
         ):
@@ -275,7 +275,7 @@ def train_step(state, pixels, text_embeddings, image_ids, learning_rate, config,
     """One step: this process's pixels (b, S, S, 3) uint8; text_embeddings (M, D), image_ids (B,) and text_image_ids (M,) of the whole batch.
 
     Returns loss, gradient norm (before clipping) and temperature as one tensor (3,) on the device: reading it would wait for the device."""
-    model, device = state.model, state.us.device
+    model, device = state.model, state.process_group.device
     texts = text_embeddings.to(device, non_blocking=True)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate * group.get("rate", 1.0)
@@ -284,7 +284,7 @@ def train_step(state, pixels, text_embeddings, image_ids, learning_rate, config,
     def loss_of(embeddings):
         return batch_loss(
             config,
-            gather_rows(embeddings, state.us),
+            _gather_rows(embeddings, state.process_group),
             texts,
             model.logit_scale,
             image_ids,
@@ -302,7 +302,7 @@ def train_step(state, pixels, text_embeddings, image_ids, learning_rate, config,
     return torch.stack([loss.detach(), norm, (-model.logit_scale.detach()).exp()])
 
 # %% ../../nbs/lib/training/04_steps.ipynb #7df7a68a
-def _one_ahead(make, items):
+def _prefetch(make, items):
     "`make(item)` for each item, the next one being made in a thread while the present one is used."
     with ThreadPoolExecutor(1) as pool:
         waiting = []
@@ -319,7 +319,7 @@ def _steps_per_epoch(n, config):
     return len(batches(torch.arange(n), config.batch_size))
 
 # %% ../../nbs/lib/training/04_steps.ipynb #6948f73f
-def epoch_batches(train, config, epoch, us, start=0):
+def epoch_batches(train, config, epoch, process_group, start=0):
     """The batches of `epoch` from number `start` on: this process's pixels (b, S, S, 3) on its device, and of the whole batch
     text_embeddings (B·k, D), image rows (B,) and the image row of each text (B·k,).
 
@@ -335,26 +335,26 @@ def epoch_batches(train, config, epoch, us, start=0):
         rows = order[i]
 
         def there(x):
-            return x.pin_memory().to(us.device, non_blocking=True) if us.device.type == "cuda" else x
+            return x.pin_memory().to(process_group.device, non_blocking=True) if process_group.device.type == "cuda" else x
 
-        pixels = there(torch.from_numpy(train.pixels[_share_of_batch(rows, us).numpy()]))
+        pixels = there(torch.from_numpy(train.pixels[_share_of_batch(rows, process_group).numpy()]))
         draw = torch.Generator().manual_seed(
-            int(fingerprint("augment", config.seed, epoch, i, us.rank), 16) % 2**63
+            int(fingerprint("augment", config.seed, epoch, i, process_group.rank), 16) % 2**63
         )
         return augment(pixels, config.augment, config.image_size, draw), *map(
             there,
             (train.text_embeddings[choice[rows].flatten()], rows, rows.repeat_interleave(choice.shape[1])),
         )
 
-    return _one_ahead(make, range(start, len(order)))
+    return _prefetch(make, range(start, len(order)))
 
 # %% ../../nbs/lib/training/04_steps.ipynb #10eccaf3
-def _read_waiting(state, config, total):
+def _log_pending_steps(state, config, total):
     "Read what the last steps left on the device into `state.log`; a loss or gradient that is not finite raises `LabError`."
-    if not state.waiting:
+    if not state.pending:
         return
-    first = state.step - len(state.waiting)
-    for i, (loss, norm, temperature) in enumerate(torch.stack(state.waiting).tolist()):
+    first = state.step - len(state.pending)
+    for i, (loss, norm, temperature) in enumerate(torch.stack(state.pending).tolist()):
         row = {
             "step": first + i + 1,
             "loss": loss,
@@ -370,7 +370,7 @@ def _read_waiting(state, config, total):
                 "start a new run with a lower learning_rate, with clip_grad_norm=1, or with precision fp32"
             )
         state.log.append(row)
-    state.waiting.clear()
+    state.pending.clear()
     if state.step >= 20 and not any(math.isfinite(row["gradient_norm"]) for row in state.log[-20:]):
         raise LabError(
             f"the run diverged at step {state.step}: no gradient of the last 20 steps was finite, so fp16 skipped them all; start a new run with precision bf16 or fp32, or with a lower learning_rate"
@@ -416,19 +416,19 @@ def train_epoch(state, train, config, progress=True, after_step=lambda state: No
     `after_step(state)` is called after each step."""
     steps = _steps_per_epoch(len(train), config)
     total, start = steps * config.epochs, state.step - state.epoch * steps
-    _training_mode(state.model, config)
+    _set_training_mode(state.model, config)
     bar = tqdm(
-        epoch_batches(train, config, state.epoch, state.us, start),
+        epoch_batches(train, config, state.epoch, state.process_group, start),
         total=steps,
         initial=start,
         unit="batch",
         desc=f"epoch {state.epoch + 1}/{config.epochs}",
-        disable=not (progress and state.us.first),
+        disable=not (progress and state.process_group.is_main),
         leave=False,
     )
     began = perf_counter()
     for pixels, texts, rows, text_rows in bar:
-        state.waiting.append(
+        state.pending.append(
             train_step(
                 state, pixels, texts, rows, learning_rate_at(state.step, total, config), config, text_rows
             )
@@ -436,7 +436,7 @@ def train_epoch(state, train, config, progress=True, after_step=lambda state: No
         state.step += 1
         state.seconds, began = state.seconds + perf_counter() - began, perf_counter()
         if state.step % 10 == 0 or state.step % steps == 0:
-            _read_waiting(state, config, total)
+            _log_pending_steps(state, config, total)
             bar.set_postfix(_shown(state, config, steps))
         after_step(state)
         began = perf_counter()
@@ -491,7 +491,7 @@ def _validation_loss(image_embeddings, val, logit_scale, config, logit_bias=None
     return sum(losses) / len(losses)
 
 # %% ../../nbs/lib/training/04_steps.ipynb #138d0288
-def _evaluation_model(state):
+def _model_to_evaluate(state):
     "The model that is validated and saved: that of `state`, or the one with averaged image encoder."
     if state.average is None:
         return state.model
@@ -501,12 +501,12 @@ def _evaluation_model(state):
         state.model.logit_scale.item(),
         None if state.model.logit_bias is None else state.model.logit_bias.item(),
     )
-    return model.to(state.us.device)
+    return model.to(state.process_group.device)
 
 # %% ../../nbs/lib/training/04_steps.ipynb #e59854d4
 def validate(state, val, config, measure=None):
     "Validation loss and what `measure(image_embeddings, val)` returns, as columns for the row of metrics."
-    image_embeddings = embed_images(_evaluation_model(state), val.pixels, config)
+    image_embeddings = embed_images(_model_to_evaluate(state), val.pixels, config)
     more = measure(image_embeddings, val) if measure else {}
     return {
         "val_loss": _validation_loss(
