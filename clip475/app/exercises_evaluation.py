@@ -442,7 +442,7 @@ register(
             "It looks as if the square root is missing. The length of a vector is `x.norm()`.": _squared_gap,
             "It looks as if you subtracted two lengths. Subtract the two centres, then take the length "
             "of the difference.": _difference_of_lengths,
-            "It looks as if you averaged over all numbers. Use `mean(0)`, which leaves D numbers.": _single_numbers,
+            "It looks as if you averaged over all numbers. Use `mean(0)`, with D results.": _single_numbers,
             "It looks as if you averaged each row. Use `mean(0)`, the mean of all rows.": _means_of_rows,
             "It looks as if you normalised the centres. They are shorter than 1, and that is a part of the "
             "gap: leave them as they are.": _centres_normalised,
