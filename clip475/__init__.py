@@ -1,7 +1,12 @@
 """clip475: learn how pictures and words come to share one space.
 
-The names of the front door, such as `clip475.load` and `clip475.recall_at_k`, and the packages, such as `clip475.models`,
-are imported when they are first used: `import clip475` itself costs next to nothing.
+    import clip475
+
+    model = clip475.load("runs/demo")
+    clip475.search("a dog in the snow", "my_photos/", k=5, model=model)
+
+The names of the front door, such as `clip475.load` and `clip475.recall_at_k`, and the packages, such as
+`clip475.models`, are imported when they are first used: `import clip475` itself costs next to nothing.
 """
 
 import sys
@@ -10,9 +15,10 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036
     raise ImportError(
-        "clip475 needs Python 3.11 or newer and this is Python %d.%d: install a newer one and make a new environment with it"
+        "clip475 needs Python 3.11 or newer and this is Python %d.%d: "
+        "install a newer one and make a new environment with it"  # noqa: UP031
         % sys.version_info[:2]
     )
 
@@ -32,7 +38,7 @@ if TYPE_CHECKING:
     from .searching.model import encode_text as encode_text
     from .searching.model import load as load
     from .searching.model import similarity as similarity
-    from .training.loss import info_nce as contrastive_loss
+    from .training.loss import info_nce as contrastive_loss  # noqa: F401
     from .training.loss import info_nce as info_nce
 
 # name: (module, name in it)
@@ -66,7 +72,7 @@ def __getattr__(name: str) -> object:
         globals()[name] = value
         return value
     raise AttributeError(
-        "module 'clip475' has no attribute %r; it has: %s" % (name, ", ".join([*_FRONT_DOOR, *_PACKAGES]))
+        "module 'clip475' has no attribute %r; it has: %s" % (name, ", ".join([*_FRONT_DOOR, *_PACKAGES]))  # noqa: UP031
     )
 
 

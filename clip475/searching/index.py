@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from ..core.figures import _GalleryRow
-from ..core.files import LabError, _check_choice, atomic_path, fingerprint, read_json, write_json
+from ..core.files import LabError, _check_choice, _atomic_path, fingerprint, read_json, write_json
 from ..data.pixels import _to_rgb, load_image, resize_square
 from ..data.tokens import _token_lengths
 from ..evaluation.ranks import _check_embeddings, _check_labels, _first, _pair_scores, _pairing, _unit32
 from ..evaluation.retrieval import _captions_per_image
-from ..models.text import encode_texts, known_token_share, weights_fingerprint
+from ..models.text import encode_texts, known_token_share, _weights_fingerprint
 from ..training.steps import embed_images
 
 # %% ../../nbs/lib/searching/01_index.ipynb #9b2ca6fd
@@ -66,7 +66,7 @@ def _model_encoder(model, config, tokenizer):
         lambda texts: encode_texts(texts, model.text_encoder, tokenizer, config.context_length),
         see,
         lambda text: _text_notes(text, tokenizer, model.text_encoder, config.context_length),
-        fingerprint(weights_fingerprint(model.image_encoder), weights_fingerprint(model.text_encoder)),
+        fingerprint(_weights_fingerprint(model.image_encoder), _weights_fingerprint(model.text_encoder)),
     )
 
 # %% ../../nbs/lib/searching/01_index.ipynb #6508d88c
@@ -125,7 +125,7 @@ class _Saved(_Stored):
             )
         if folder.exists() and not (folder / _MANIFEST).is_file():
             raise LabError(f"{folder}: this is no index, so it is not overwritten; choose another folder")
-        with atomic_path(folder) as part:
+        with _atomic_path(folder) as part:
             for file in _FILES.values():
                 (part / file).parent.mkdir(parents=True)
             for name in ("image_embeddings", "text_embeddings"):
