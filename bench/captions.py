@@ -66,11 +66,11 @@ def padded(captions, encoder, tokenizer, batch):
 
 def some_batches(captions, tokenizer, count, size=256):
     "`count` whole batches of the lab's order, shortest to longest, and the mean positions per caption in them and in all."
-    from clip475.data.tokens import clean_text, token_ids
+    from clip475.data.tokens import clean_text, _token_ids
 
     texts = list(dict.fromkeys(clean_text(c) for c in captions))
     random.Random(475).shuffle(texts)  # equal lengths in any order
-    pairs = sorted(((len(ids), i) for i, ids in enumerate(token_ids(texts, tokenizer))))
+    pairs = sorted(((len(ids), i) for i, ids in enumerate(_token_ids(texts, tokenizer))))
     batches = [pairs[i : i + size] for i in range(0, len(pairs), size)]
     picked = [batches[int((k + 0.5) * len(batches) / count)] for k in range(count)]
     mean = lambda some: round(sum(batch[-1][0] * len(batch) for batch in some) / sum(map(len, some)), 2)
@@ -119,12 +119,12 @@ def encoding(captions, batches, sample, repeats):
 
 def tokenizing(captions):
     "Seconds to clean and to tokenize all captions, and how long they are."
-    from clip475.data.tokens import clean_text, load_tokenizer, token_ids, tokenize
+    from clip475.data.tokens import clean_text, load_tokenizer, _token_ids, tokenize
 
     tokenizer = load_tokenizer("builtin")
     cleaning, texts = quickest(lambda: [clean_text(c) for c in captions], 1)
     whole, tokens = quickest(lambda: tokenize(captions, tokenizer), 1)
-    lengths = sorted(len(i) for i in token_ids(texts, tokenizer, None))
+    lengths = sorted(len(i) for i in _token_ids(texts, tokenizer, None))
     return {
         "captions": len(captions),
         "clean_cpu_seconds": round(cleaning, 2),

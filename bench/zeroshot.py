@@ -15,7 +15,7 @@ import torch
 
 from clip475.app.report import run_lab
 from clip475.core.config import LabConfig
-from clip475.data.drawings import _GROUP_OF, _GROUPS, KINDS
+from clip475.data.drawings import _GROUP_OF, _GROUPS, _KINDS
 from clip475.data.scenes import _GROUP_WORDS, _VAL_START, make_scene
 from clip475.data.tokens import load_tokenizer
 from clip475.evaluation.zeroshot import (
@@ -47,8 +47,8 @@ def measure(run, count):
     tokenizer = load_tokenizer(config.text_model, config.text_revision)
     scenes = [_alone(make_scene(config.seed, _VAL_START + i)) for i in range(count)]
     images = embed_images(model, _draw_scenes(scenes, config.image_size), config)
-    groups, kinds = list(_GROUPS), torch.tensor([KINDS.index(s.things[0].kind) for s in scenes])
-    truth = torch.tensor([groups.index(_GROUP_OF[KINDS[k]]) for k in kinds])
+    groups, kinds = list(_GROUPS), torch.tensor([_KINDS.index(s.things[0].kind) for s in scenes])
+    truth = torch.tensor([groups.index(_GROUP_OF[_KINDS[k]]) for k in kinds])
 
     def classes(names, templates):
         return class_embeddings(names, model.text_encoder, tokenizer, templates, config.context_length)
@@ -56,7 +56,7 @@ def measure(run, count):
     def answers(c):
         return tuple(x[:, 0] for x in classify(images, c, model.logit_scale, 1))
 
-    by_kind = classes([a(k) for k in KINDS], TEMPLATES)
+    by_kind = classes([a(k) for k in _KINDS], TEMPLATES)
     words = [a(_GROUP_WORDS[g]) for g in groups]
     prompts = {
         "the bare name": classes(words, ["{}"]),
@@ -65,7 +65,7 @@ def measure(run, count):
         "the lab's templates": classes(words, TEMPLATES),
         "its kinds, averaged": torch.stack(
             [
-                torch.nn.functional.normalize(by_kind[[_GROUP_OF[k] == g for k in KINDS]].mean(0), dim=-1)
+                torch.nn.functional.normalize(by_kind[[_GROUP_OF[k] == g for k in _KINDS]].mean(0), dim=-1)
                 for g in groups
             ]
         ),
@@ -93,7 +93,7 @@ def measure(run, count):
         },
         "sixteen kinds, accuracy and interval": rounded(mean_interval(guess == kinds)),
         "recall of each kind": dict(
-            zip(KINDS, rounded(_per_class_recall(confusion_matrix(kinds, guess, len(KINDS)))))
+            zip(_KINDS, rounded(_per_class_recall(confusion_matrix(kinds, guess, len(_KINDS)))))
         ),
         "calibration": {
             "error": round(error, 4),

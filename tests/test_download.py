@@ -27,7 +27,7 @@ from clip475.data.download import (
     _Source,
     _UnreliableServer,
     _why_no_picture,
-    fetch_images,
+    _fetch_images,
     prepare_coco2014,
 )
 from clip475.data.layouts import read_splits
@@ -193,14 +193,14 @@ def test_retry_after_is_honoured_and_pauses_double_with_jitter(server, tmp_path)
     name, waited = file_name("train", 1), []
     server.moods[name] = [429, 500, 500, 500, 500]
     patience = quick(tries=6, pause=2, sleep=waited.append)
-    assert not fetch_images({tmp_path / name: f"{server.url}/train2014/{name}"}, patience, False)
+    assert not _fetch_images({tmp_path / name: f"{server.url}/train2014/{name}"}, patience, False)
     assert waited[0] == 7 and all(2**k <= w <= 2 ** (k + 1) for k, w in enumerate(waited) if k > 0)
 
 
 def test_a_wish_for_an_hour_is_not_waited_for(server, tmp_path):
     name, waited = file_name("train", 1), []
     server.moods[name] = 429
-    failed = fetch_images(
+    failed = _fetch_images(
         {tmp_path / name: f"{server.url}/train2014/{name}"}, quick(longest=5, sleep=waited.append), False
     )
     assert (
@@ -214,13 +214,13 @@ def test_a_slow_answer_is_cut_off(server, tmp_path):
     name = file_name("train", 1)
     server.moods[name] = ["slow"]
     start = time.monotonic()
-    assert not fetch_images({tmp_path / name: f"{server.url}/train2014/{name}"}, quick(longest=0.4), False)
+    assert not _fetch_images({tmp_path / name: f"{server.url}/train2014/{name}"}, quick(longest=0.4), False)
     assert server.asked[name] == 2 and time.monotonic() - start < 5 and _is_whole(tmp_path / name)
 
 
 def test_a_server_that_never_answers(server, tmp_path):
     name, server.delay = file_name("train", 1), 1
-    failed = fetch_images(
+    failed = _fetch_images(
         {tmp_path / name: f"{server.url}/train2014/{name}"}, quick(tries=2, timeout=0.1), False
     )
     assert failed == {tmp_path / name: "the server does not answer in time, 2 times"} and not list(
@@ -229,7 +229,7 @@ def test_a_server_that_never_answers(server, tmp_path):
 
 
 def test_nobody_listens(tmp_path):
-    failed = fetch_images({tmp_path / "a.jpg": "http://127.0.0.1:9/a.jpg"}, quick(tries=2), False)
+    failed = _fetch_images({tmp_path / "a.jpg": "http://127.0.0.1:9/a.jpg"}, quick(tries=2), False)
     assert failed == {tmp_path / "a.jpg": "no connection to the server, 2 times"}
 
 
@@ -364,7 +364,7 @@ def test_a_full_disk_is_told_before(server, root, monkeypatch):
 
 
 def test_a_disk_that_fills_up(server, root, monkeypatch):
-    real, written = download.atomic_path, []
+    real, written = download._atomic_path, []
 
     def filling(path):
         written.append(path)
@@ -372,7 +372,7 @@ def test_a_disk_that_fills_up(server, root, monkeypatch):
             raise OSError(28, "No space left on device", str(path))
         return real(path)
 
-    monkeypatch.setattr(download, "atomic_path", filling)
+    monkeypatch.setattr(download, "_atomic_path", filling)
     message = refusal(prepare, root, server)
     assert "No space left on device" in message and all(map(_is_whole, root.rglob("*.jpg")))
     monkeypatch.undo()

@@ -25,11 +25,11 @@ from clip475.core.config import LabConfig
 from clip475.core.files import LabError
 from clip475.data.captions import CaptionSplit
 from clip475.data.images import (
-    BadImages,
+    _BadImages,
     _caption_choice,
     _caption_choices,
     _read_square,
-    open_packed,
+    _open_packed,
     pack_images,
 )
 from clip475.data.pixels import (
@@ -38,7 +38,7 @@ from clip475.data.pixels import (
     _crop,
     _packed_size,
     augment,
-    augmentation_grid,
+    _augmentation_grid,
     load_image,
     normalize,
     resize_square,
@@ -59,7 +59,7 @@ def colour_of(id):
     return (id * 37 % 256, id * 91 % 256, id * 151 % 256)
 
 
-def make_split(folder, ids, name="train", make=True):
+def _make_split(folder, ids, name="train", make=True):
     "A split of plain pictures whose colour tells their id, without a caption file."
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{id:06}.png" for id in ids]
@@ -128,7 +128,7 @@ def png_16_bit_rgb(pixels):
     )
 
 
-KINDS = {
+_KINDS = {
     "plain.jpg": (lambda im, to: im.save(to, "JPEG", quality=95), 6),
     "progressive.jpg": (lambda im, to: im.save(to, "JPEG", quality=95, progressive=True), 6),
     "cmyk.jpg": (lambda im, to: im.convert("CMYK").save(to, "JPEG", quality=95), 6),
@@ -160,9 +160,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", _KINDS)
 def test_every_kind_of_file_gives_its_known_pixels(tmp_path, name):
-    write, tolerance = KINDS[name]
+    write, tolerance = _KINDS[name]
     with open(tmp_path / name, "wb") as to:
         write(four_corners(), to)
     image = load_image(tmp_path / name)
@@ -290,9 +290,9 @@ def spoil(split):
 
 
 def test_all_bad_pictures_are_told_together(tmp_path):
-    split = make_split(tmp_path / "pictures", range(1, 21))
+    split = _make_split(tmp_path / "pictures", range(1, 21))
     bad = spoil(split)
-    with pytest.raises(BadImages) as caught:
+    with pytest.raises(_BadImages) as caught:
         pack_images(split, 8, tmp_path / "cache", progress=False)
     e, message = caught.value, str(caught.value)
     assert e.split == "train" and [id for id, _, _ in e.bad] == bad
@@ -311,26 +311,26 @@ def test_all_bad_pictures_are_told_together(tmp_path):
 
 
 def test_what_was_decoded_is_taken_over_when_bad_pictures_are_replaced(tmp_path, decoded):
-    split = make_split(tmp_path / "pictures", range(1, 21))
+    split = _make_split(tmp_path / "pictures", range(1, 21))
     bad = spoil(split)
-    with pytest.raises(BadImages):
+    with pytest.raises(_BadImages):
         pack_images(split, 8, tmp_path / "cache", progress=False)
     assert sorted(decoded) == sorted(p.name for p in split.image_paths)  # each once
     decoded.clear()
     ids = sorted({*range(1, 21), 100, 101, 102, 0, 104} - set(bad))  # the new ones lie before and after
-    make_split(tmp_path / "pictures", [100, 101, 102, 0, 104])
+    _make_split(tmp_path / "pictures", [100, 101, 102, 0, 104])
     packed = pack_images(
-        make_split(tmp_path / "pictures", ids, make=False), 8, tmp_path / "cache", progress=False
+        _make_split(tmp_path / "pictures", ids, make=False), 8, tmp_path / "cache", progress=False
     )
     assert sorted(decoded) == [f"{id:06}.png" for id in (0, 100, 101, 102, 104)]
-    assert_right(packed, make_split(tmp_path / "pictures", ids, make=False))
+    assert_right(packed, _make_split(tmp_path / "pictures", ids, make=False))
     assert work_of(tmp_path / "cache") == ["lock"] and len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_a_mended_picture_is_the_only_one_decoded(tmp_path, decoded):
-    split = make_split(tmp_path / "pictures", range(1, 21))
+    split = _make_split(tmp_path / "pictures", range(1, 21))
     split.image_paths[4].write_bytes(b"")
-    with pytest.raises(BadImages):
+    with pytest.raises(_BadImages):
         pack_images(split, 8, tmp_path / "cache", progress=False)
     decoded.clear()
     Image.new("RGB", (12, 8), colour_of(5)).save(split.image_paths[4])
@@ -339,10 +339,10 @@ def test_a_mended_picture_is_the_only_one_decoded(tmp_path, decoded):
 
 
 def test_rows_of_another_size_split_or_place_are_not_taken_over(tmp_path, decoded):
-    split = make_split(tmp_path / "pictures", range(1, 11))
+    split = _make_split(tmp_path / "pictures", range(1, 11))
     split.image_paths[4].write_bytes(b"")
     good = split.select([0, 1, 2])
-    with pytest.raises(BadImages):
+    with pytest.raises(_BadImages):
         pack_images(split, 8, tmp_path / "cache", progress=False)
     shutil.copytree(tmp_path / "pictures", tmp_path / "elsewhere")
     others = [
@@ -353,7 +353,7 @@ def test_rows_of_another_size_split_or_place_are_not_taken_over(tmp_path, decode
             ),
             8,
         ),
-        (make_split(tmp_path / "elsewhere", [1, 2, 3], make=False), 8),
+        (_make_split(tmp_path / "elsewhere", [1, 2, 3], make=False), 8),
     ]
     for other, size in others:
         decoded.clear()
@@ -362,10 +362,10 @@ def test_rows_of_another_size_split_or_place_are_not_taken_over(tmp_path, decode
 
 
 def test_pictures_that_vanished_are_told_together(tmp_path):
-    split = make_split(tmp_path / "pictures", range(1, 11))
+    split = _make_split(tmp_path / "pictures", range(1, 11))
     for row in (3, 6):
         split.image_paths[row].unlink()
-    with pytest.raises(BadImages) as caught:
+    with pytest.raises(_BadImages) as caught:
         pack_images(split, 8, tmp_path / "cache", progress=False)
     assert [(id, why) for id, _, why in caught.value.bad] == [
         (4, "there is no such file"),
@@ -383,7 +383,7 @@ import test_images, clip475.data.images as images
 real = images._read_square
 images._read_square = lambda path, size: (time.sleep(.01), real(path, size))[1]
 images._cores = lambda: 2
-images.pack_images(test_images.make_split(Path({pictures!r}), range(1, 301), make=False), 8, {cache!r}, progress=False)
+images.pack_images(test_images._make_split(Path({pictures!r}), range(1, 301), make=False), 8, {cache!r}, progress=False)
 """
 
 
@@ -391,7 +391,7 @@ images.pack_images(test_images.make_split(Path({pictures!r}), range(1, 301), mak
 def killed(tmp_path_factory):
     "A folder in which a packing process was killed part of the way."
     tmp = tmp_path_factory.mktemp("killed")
-    make_split(tmp / "pictures", range(1, 301))
+    _make_split(tmp / "pictures", range(1, 301))
     code = KILLED.format(
         tests=str(Path(__file__).parent), pictures=str(tmp / "pictures"), cache=str(tmp / "cache")
     )
@@ -417,7 +417,7 @@ def rest(killed, tmp_path):
     "A copy of what the killed process left, the pictures where they were."
     shutil.copytree(killed / "cache", tmp_path / "cache")
     shutil.copytree(killed / "cache.unfinished", tmp_path / "cache.unfinished")
-    return make_split(killed / "pictures", range(1, 301), make=False), tmp_path / "cache"
+    return _make_split(killed / "pictures", range(1, 301), make=False), tmp_path / "cache"
 
 
 def test_a_killed_packing_is_gone_on_with(rest, decoded):
@@ -465,7 +465,7 @@ def test_what_a_crash_spoiled_is_decoded_again(rest, decoded, harm):
 
 
 def test_stopping_twice_loses_nothing(tmp_path, monkeypatch, decoded):
-    split = make_split(tmp_path / "pictures", range(1, 401))
+    split = _make_split(tmp_path / "pictures", range(1, 401))
     real, left = images._read_square, [150]
 
     def some(path, size):
@@ -486,7 +486,7 @@ def test_stopping_twice_loses_nothing(tmp_path, monkeypatch, decoded):
 
 
 def test_leftovers_of_the_same_target_are_cleaned_and_others_stay(tmp_path):
-    split, cache = make_split(tmp_path / "pictures", range(1, 4)), tmp_path / "cache"
+    split, cache = _make_split(tmp_path / "pictures", range(1, 4)), tmp_path / "cache"
     unfinished = tmp_path / "cache.unfinished"
     for folder in (cache, unfinished):
         folder.mkdir()
@@ -508,7 +508,7 @@ def test_leftovers_of_the_same_target_are_cleaned_and_others_stay(tmp_path):
 
 
 def test_two_at_once_decode_each_picture_once(tmp_path, decoded):
-    split = make_split(tmp_path / "pictures", range(1, 61))
+    split = _make_split(tmp_path / "pictures", range(1, 61))
     got = []
     threads = [
         threading.Thread(target=lambda: got.append(pack_images(split, 8, tmp_path / "cache", progress=False)))
@@ -524,7 +524,7 @@ def test_two_at_once_decode_each_picture_once(tmp_path, decoded):
 
 
 def test_rebuild_decodes_all_of_it_again(tmp_path, decoded):
-    split = make_split(tmp_path / "pictures", range(1, 11))
+    split = _make_split(tmp_path / "pictures", range(1, 11))
     first = pack_images(split, 8, tmp_path / "cache", progress=False)
     again = pack_images(split, 8, tmp_path / "cache", progress=False, rebuild=True)
     assert len(decoded) == 20 and (first == again).all() and len(list((tmp_path / "cache").iterdir())) == 2
@@ -534,7 +534,7 @@ def test_rebuild_decodes_all_of_it_again(tmp_path, decoded):
 
 
 def test_a_full_disk_is_told_before_it_is_filled(tmp_path, monkeypatch, decoded):
-    split = make_split(tmp_path / "pictures", range(1, 11))
+    split = _make_split(tmp_path / "pictures", range(1, 11))
     monkeypatch.setattr(images.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     message = refusal(pack_images, split, 8, tmp_path / "cache", progress=False)
     assert (
@@ -544,7 +544,7 @@ def test_a_full_disk_is_told_before_it_is_filled(tmp_path, monkeypatch, decoded)
 
 
 def test_a_disk_that_fills_up_meanwhile_keeps_what_is_done(tmp_path, monkeypatch, decoded):
-    split = make_split(tmp_path / "pictures", range(1, 201))
+    split = _make_split(tmp_path / "pictures", range(1, 201))
     real = images._record
 
     def full(own, f, journal, row, key, pixels):
@@ -562,7 +562,7 @@ def test_a_disk_that_fills_up_meanwhile_keeps_what_is_done(tmp_path, monkeypatch
 
 
 def test_the_size_is_said_before(tmp_path, capfd):
-    split = make_split(tmp_path / "pictures", range(1, 11))
+    split = _make_split(tmp_path / "pictures", range(1, 11))
     pack_images(split, 64, tmp_path / "cache", progress=True)
     out, err = capfd.readouterr()
     assert out == "" and "10 pictures at 64×64 px, 0.1 MB in" in err
@@ -576,7 +576,7 @@ def test_the_size_is_said_before(tmp_path, capfd):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("whole")
-    split = make_split(tmp / "pictures", range(1, 11))
+    split = _make_split(tmp / "pictures", range(1, 11))
     return split, Path(pack_images(split, 8, tmp / "cache", progress=False).filename)
 
 
@@ -599,8 +599,8 @@ def test_the_manifest_says_it_all(packed_file):
         and manifest["split"] == split.fingerprint
         and (manifest["images"], manifest["size"]) == (10, 8)
     )
-    assert_right(open_packed(file, split, 8), split)
-    assert not open_packed(str(file), split, 8).flags.writeable
+    assert_right(_open_packed(file, split, 8), split)
+    assert not _open_packed(str(file), split, 8).flags.writeable
 
 
 @pytest.mark.parametrize("field", FIELDS + ["more"])
@@ -624,7 +624,7 @@ def test_each_field_of_the_manifest_is_checked(packed_file, field, harm):
             else 1
         )
     beside.write_text(json.dumps(manifest))
-    message = refusal(open_packed, file, split, 8)
+    message = refusal(_open_packed, file, split, 8)
     assert repr(field) in message and str(beside) in message and "clip475 prepare --rebuild" in message
 
 
@@ -635,7 +635,7 @@ def test_an_array_without_its_manifest_is_refused(packed_file, content):
         file.with_suffix(".json").unlink()
     else:
         file.with_suffix(".json").write_text(content)
-    assert str(file.with_suffix(".json")) in refusal(open_packed, file, split, 8)
+    assert str(file.with_suffix(".json")) in refusal(_open_packed, file, split, 8)
 
 
 @pytest.mark.parametrize("harm", ["cut", "empty", "dtype", "shape", "longer", "order", "pickle", "gone"])
@@ -658,21 +658,21 @@ def test_an_array_that_is_another_is_refused(packed_file, harm):
         np.save(file, np.array([{}], dtype=object), allow_pickle=True)
     if harm == "gone":
         file.unlink()
-    message = refusal(open_packed, file, split, 8)
+    message = refusal(_open_packed, file, split, 8)
     assert str(file) in message and "clip475 prepare --rebuild" in message
 
 
 def test_another_split_size_or_picture_is_refused(packed_file, tmp_path):
     split, file = packed_file
-    assert "'split'" in refusal(open_packed, file, split.select(slice(None, None, -1)), 8)
-    assert "'size'" in refusal(open_packed, file, split, 16)
+    assert "'split'" in refusal(_open_packed, file, split.select(slice(None, None, -1)), 8)
+    assert "'size'" in refusal(_open_packed, file, split, 16)
     shutil.copytree(
         split.root, tmp_path / "pictures"
     )  # keeps the times: the same pictures in another place are the same
-    moved = make_split(tmp_path / "pictures", range(1, 11), make=False)
-    assert_right(open_packed(file, moved, 8), split)
+    moved = _make_split(tmp_path / "pictures", range(1, 11), make=False)
+    assert_right(_open_packed(file, moved, 8), split)
     os.utime(moved.image_paths[3], (1, 1))
-    assert "'files'" in refusal(open_packed, file, moved, 8)
+    assert "'files'" in refusal(_open_packed, file, moved, 8)
 
 
 # captions
@@ -853,9 +853,9 @@ def test_the_size_to_pack_at():
 
 
 def test_the_viewer_is_a_figure(pixels):
-    figure = augmentation_grid(pixels[0], kinds=("crop", "flip+jitter"), count=3, seed=1)
+    figure = _augmentation_grid(pixels[0], kinds=("crop", "flip+jitter"), count=3, seed=1)
     assert len(figure.axes) == 8 and figure.axes[0].get_title() == "as it is"
-    assert len(augmentation_grid(pixels[0].numpy(), kinds=("crop",), size=32, count=2).axes) == 3
+    assert len(_augmentation_grid(pixels[0].numpy(), kinds=("crop",), size=32, count=2).axes) == 3
 
 
 # training and evaluation see a pixel alike
@@ -874,7 +874,7 @@ def test_training_and_evaluation_normalise_a_pixel_alike(tmp_path):
         head_hidden=16,
         precision="fp32",
     )
-    split = make_split(tmp_path / "pictures", range(1, 9))
+    split = _make_split(tmp_path / "pictures", range(1, 9))
     one = np.array([10, 100, 250], np.uint8)
     train = PreparedSplit(
         split,

@@ -21,8 +21,8 @@ from PIL import Image
 from clip475.core.config import LabConfig
 from clip475.core.files import LabError
 from clip475.data.captions import load_split, load_splits
-from clip475.data.layouts import _LAYOUTS, detect_layout, read_splits
-from clip475.data.splits import _SPLIT_FILE, _deal, check_disjoint, draw_splits, split_record
+from clip475.data.layouts import _LAYOUTS, _detect_layout, read_splits
+from clip475.data.splits import _SPLIT_FILE, _deal, check_disjoint, draw_splits, _split_record
 
 COCO = Path(__file__).parents[1].parent / "shared" / "data" / "coco2014"
 MAIN = Path(__file__).parents[1]
@@ -262,7 +262,7 @@ def check(splits, said, whole=True):
 def test_every_layout_gives_the_pairs_and_disjoint_splits(tmp_path, layout, capfd):
     said = truth(range(20, 44))
     root = write_layout(tmp_path / "data", layout, said)
-    assert detect_layout(root) == layout.split()[0]
+    assert _detect_layout(root) == layout.split()[0]
     splits = read_splits(root, config())
     assert [(s.name, len(s)) for s in splits] == [("train", 4), ("val", 2), ("test", 2)]
     check(splits, said)
@@ -310,9 +310,9 @@ FINGERPRINTS = """
 import sys
 from clip475.core.config import LabConfig
 from clip475.data.layouts import read_splits
-from clip475.data.splits import split_record
+from clip475.data.splits import _split_record
 config = LabConfig.from_preset("tiny", train_images=4, val_images=2, test_images=2)
-print(*[split_record(read_splits(root, config), config)["fingerprint"] for root in sys.argv[1:]])
+print(*[_split_record(read_splits(root, config), config)["fingerprint"] for root in sys.argv[1:]])
 """
 
 
@@ -335,7 +335,7 @@ def test_fingerprints_are_the_same_on_every_machine(tmp_path):
         env=env,
         cwd=tmp_path,
     )
-    mine = [split_record(read_splits(root, config()), config())["fingerprint"] for root in here]
+    mine = [_split_record(read_splits(root, config()), config())["fingerprint"] for root in here]
     assert run.stdout.split() == mine and len(set(mine)) > 5, run.stderr
 
 
@@ -429,7 +429,7 @@ def test_no_damage_ever_mixes_up_pairs_or_splits(layout, steps, seed, counts, re
         before = read_splits(root, chosen)
         check(before, said)
         if record:
-            write_json(root / _SPLIT_FILE, split_record(before, chosen))
+            write_json(root / _SPLIT_FILE, _split_record(before, chosen))
         for _ in range(steps):
             damage(root, rng)
         try:
@@ -493,7 +493,7 @@ def test_karpathys_test_images(tmp_path):
             ]
         },
     )
-    assert detect_layout(root) == "coco" and read_splits(root, config(6, 5, 0)) == plain
+    assert _detect_layout(root) == "coco" and read_splits(root, config(6, 5, 0)) == plain
     for test in (3, 8, None):
         splits = read_splits(root, config(6, 5, test))
         assert (
@@ -551,7 +551,7 @@ def test_a_mirror_without_captions_is_named(tmp_path, files):
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
-    message = refusal(detect_layout, tmp_path)
+    message = refusal(_detect_layout, tmp_path)
     assert (
         "without their captions" in message
         and "captions_train2014.json" in message
@@ -561,16 +561,16 @@ def test_a_mirror_without_captions_is_named(tmp_path, files):
 
 
 def test_what_is_no_layout(tmp_path):
-    assert "there is no such folder" in refusal(detect_layout, tmp_path / "x")
-    assert "only nothing" in refusal(detect_layout, tmp_path)
+    assert "there is no such folder" in refusal(_detect_layout, tmp_path / "x")
+    assert "only nothing" in refusal(_detect_layout, tmp_path)
     (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
-    message = refusal(detect_layout, tmp_path)
+    message = refusal(_detect_layout, tmp_path)
     assert "notes.csv" in message and all(f"{name}: " in message for name in _LAYOUTS)
     write_layout(tmp_path / "sub", "csv", truth([1]))
-    assert f"name {tmp_path / 'sub'} instead" in refusal(detect_layout, tmp_path)
+    assert f"name {tmp_path / 'sub'} instead" in refusal(_detect_layout, tmp_path)
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_text("file_name,caption\n")
-    assert "a.csv and b.csv both" in refusal(detect_layout, tmp_path)
+    assert "a.csv and b.csv both" in refusal(_detect_layout, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -649,7 +649,7 @@ def test_a_record_decides_only_about_its_own_draw(tmp_path):
     said = truth(range(20, 44))
     root = write_layout(tmp_path / "data", "csv", said)
     other = read_splits(root, config(seed=7))
-    record = split_record(other, config(seed=7))
+    record = _split_record(other, config(seed=7))
     write_json(root / _SPLIT_FILE, {**record, "seed": 42})  # somebody else's choice of pictures
     assert read_splits(root, config()) == other and read_splits(root, config(test=0)) == other[:2]
     assert read_splits(root, config(seed=1)) != other and read_splits(root, config(train=3)) != other
@@ -670,7 +670,7 @@ def test_a_record_decides_only_about_its_own_draw(tmp_path):
 def test_a_recorded_picture_that_is_gone_is_refused(tmp_path, layout):
     root = write_layout(tmp_path / "data", layout, truth(range(20, 44)))
     splits = read_splits(root, config())
-    write_json(root / _SPLIT_FILE, split_record(splits, config()))
+    write_json(root / _SPLIT_FILE, _split_record(splits, config()))
     splits[1].image_paths[0].unlink()
     message = refusal(read_splits, root, config())
     assert "split.json" in message and "not on disk" in message and str(splits[1].image_ids[0]) in message
@@ -685,4 +685,4 @@ def test_real_coco():
     splits = read_splits(COCO, chosen)
     assert [len(s) for s in splits] == [200, 800, 200]
     check_disjoint(splits)
-    assert set(split_record(splits, chosen)["splits"]["val"]["captions_per_image"]) <= {"5", "6", "7"}
+    assert set(_split_record(splits, chosen)["splits"]["val"]["captions_per_image"]) <= {"5", "6", "7"}

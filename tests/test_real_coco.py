@@ -15,7 +15,7 @@ from clip475.data.captions import (
     describe_split,
     load_split,
     load_splits,
-    make_split,
+    _make_split,
     read_captions,
 )
 from clip475.data.images import _read_square, pack_images
@@ -43,7 +43,7 @@ def test_counts(name, listed, on_disk):
 
 def test_the_whole_val_file_is_read():
     coco = read_captions(_caption_file(COCO, "val"))
-    split = make_split(coco, COCO, "val")
+    split = _make_split(coco, COCO, "val")
     assert len(coco.anns) == 202_654 and len(coco.imgs) == 40_504 and len(split) == 1_180
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from clip475.core.config import LabConfig
 from clip475.core.files import LabError
 from clip475.data.captions import load_split
-from clip475.data.drawings import _COLOURS, _GROUPS, KINDS, PLACES
+from clip475.data.drawings import _COLOURS, _GROUPS, _KINDS, PLACES
 from clip475.data.scenes import (
     _RELATIONS,
     _VAL_START,
@@ -48,14 +48,14 @@ def digest(parts):
 
 def test_the_world_is_as_rich_as_promised():
     assert (
-        len(KINDS) >= 12
+        len(_KINDS) >= 12
         and len(_GROUPS) >= 4
         and len(_COLOURS) == 8
         and len(PLACES) == 6
         and len(_RELATIONS) == 4
     )
     seen = [make_scene(42, i) for i in range(4000)]
-    assert {t.kind for s in seen for t in s.things} == set(KINDS) and {
+    assert {t.kind for s in seen for t in s.things} == set(_KINDS) and {
         t.colour for s in seen for t in s.things
     } == set(_COLOURS)
     assert {t.count for s in seen for t in s.things} == {1, 2, 3} and {s.place for s in seen} == set(PLACES)

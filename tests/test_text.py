@@ -376,9 +376,9 @@ def test_numbers_that_moved_are_refused(cache, encoder, tokenizer, damage):
         "rows permuted",
         "a row less",
     ):  # and by someone who made a new fingerprint too
-        from clip475.models.text import _content
+        from clip475.models.text import _content_fingerprint
 
-        save_tensors(file, tensors, {**meta, "content": _content(tensors)})
+        save_tensors(file, tensors, {**meta, "content": _content_fingerprint(tensors)})
         refused(name or "embeddings", file, encoder, tokenizer)
     assert torch.equal(caption_embeddings(a_split(), TINY, encoder, tokenizer, file.parent), rows)
 

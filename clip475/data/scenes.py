@@ -16,17 +16,17 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..core.files import LabError, atomic_path, cache_dir, read_json, write_json
+from ..core.files import LabError, _atomic_path, cache_dir, read_json, write_json
 from clip475.data.drawings import (
     _COLOURS,
     _DRAWINGS,
     _GROUP_OF,
     _GROUPS,
     _PLACE_VARIANTS,
-    KINDS,
+    _KINDS,
     PLACES,
-    draw_place,
-    draw_thing,
+    _draw_place,
+    _draw_thing,
 )
 
 # %% ../../nbs/lib/data/02_scenes.ipynb #3c75dc22
@@ -56,7 +56,7 @@ class Scene:
 def make_scene(seed, index):
     "Scene number `index` of the world `seed`: the same on every machine, in any order."
     rng = random.Random(f"scene-{seed}-{index}")
-    kinds = rng.sample(KINDS, 2 if rng.random() < 0.85 else 1)
+    kinds = rng.sample(_KINDS, 2 if rng.random() < 0.85 else 1)
     things = tuple(
         Thing(k, rng.choice(list(_COLOURS)), rng.choices((1, 2, 3), (0.66, 0.2, 0.14))[0]) for k in kinds
     )
@@ -107,11 +107,11 @@ def _place_things(scene, rng):
 def draw_scene(scene, size=64):
     "The picture of `scene`, `size` pixels square: an RGB picture, the same on every call."
     rng = random.Random(f"draw-{scene.seed}-{scene.index}")
-    image = draw_place(scene.place, size, rng.randrange(_PLACE_VARIANTS))
+    image = _draw_place(scene.place, size, rng.randrange(_PLACE_VARIANTS))
     image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image.copy()
     for thing, x, y, side, variant, flip in sorted(_place_things(scene, rng), key=lambda spot: spot[2]):
         side = max(4, 2 * round(side * size / 2))
-        picture = draw_thing(
+        picture = _draw_thing(
             thing.kind, thing.colour, side, variant if _GROUP_OF[thing.kind] == "people" else 0, flip
         )
         corner = [min(max(round(c * size - side / 2), 0), size - side) for c in (x, y)]
@@ -409,7 +409,7 @@ def write_scenes(root, train, val, seed=42, size=64, progress=True):
         raise LabError(f"{root}: this exists already; choose a new folder for the scenes")
     if max(train, val) > _VAL_START:
         raise LabError(f"train_images and val_images go up to {_VAL_START:,} scenes each")
-    with atomic_path(root) as part:
+    with _atomic_path(root) as part:
         _write_split(part, "train", range(train), seed, size, progress)
         _write_split(part, "val", range(_VAL_START, _VAL_START + val), seed, size, progress)
     return root
