@@ -9,13 +9,14 @@ __all__ = []
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .checks import Case, Exercise, register
-from ..models.text import freeze
+from ..models.freezing import freeze
 from ..training.loss import clamp_logit_scale_, info_nce
 
 # %% ../../nbs/lib/app/07_exercises_model.ipynb #7b713081
@@ -203,7 +204,7 @@ def _try_freeze(freeze: Callable, make: Callable) -> dict:
 
 # %% ../../nbs/lib/app/07_exercises_model.ipynb #64dcd0fc
 def _set_attribute(module: nn.Module) -> nn.Module:
-    module.requires_grad = False
+    module.requires_grad = False  # type: ignore[assignment]  # the mistake
     return module.eval()
 
 
@@ -422,7 +423,7 @@ def _try_step(train_step: Callable, logit_scale: float, learning_rate: float, st
 
 # %% ../../nbs/lib/app/07_exercises_model.ipynb #574e9645
 def _step(
-    model: nn.Module,
+    model: Any,
     optimizer: torch.optim.Optimizer,
     pixels: torch.Tensor,
     text_embeddings: torch.Tensor,
@@ -451,7 +452,7 @@ def _step(
 
 
 def _train_step(
-    model: nn.Module,
+    model: Any,
     optimizer: torch.optim.Optimizer,
     pixels: torch.Tensor,
     text_embeddings: torch.Tensor,
@@ -491,9 +492,8 @@ register(
             "It looks as if the learning rate is set after the step, so that it is used one step "
             "too late.": partial(_step, order="zero loss backward step clamp rate"),
             "The loss is right and the weights do not change. Either `optimizer.step()` is missing, or "
-            "`zero_grad()` stands between `backward()` and `step()`: then nothing is left to step with.": partial(
-                _step, order="rate zero loss backward clamp"
-            ),
+            "`zero_grad()` stands between `backward()` and `step()`: then nothing is left to step "
+            "with.": partial(_step, order="rate zero loss backward clamp"),
             "1/τ grew beyond 100. After the step, limit the logit scale: "
             "`model.logit_scale.clamp_(max=math.log(100))`, inside of "
             "`torch.no_grad()`. The limit is ln 100, not 100.": partial(
