@@ -9,6 +9,8 @@ __all__ = []
 import math
 import zlib
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
 
 import torch
 import torch.nn.functional as F
@@ -447,5 +449,62 @@ register(
             "It looks as if you normalised the centres. They are shorter than 1, and that is a part of the "
             "gap: leave them as they are.": _centres_normalised,
         },
+    )
+)
+
+# %% ../../nbs/lib/app/08_exercises_evaluation.ipynb #31e0de6d
+def _missing_parts(names: list[str], parts: dict[str, list[str]]) -> list[str]:
+    files = [PurePosixPath(name).name for name in names]
+    return [p for p, patterns in parts.items() if not any(fnmatchcase(f, x) for f in files for x in patterns)]
+
+
+def _parts_that_are_there(names: list[str], parts: dict[str, list[str]]) -> list[str]:
+    return [part for part in parts if part not in _missing_parts(names, parts)]
+
+
+def _parts_by_whole_path(names: list[str], parts: dict[str, list[str]]) -> list[str]:
+    return [p for p, patterns in parts.items() if not any(fnmatchcase(n, x) for n in names for x in patterns)]
+
+
+def _parts_by_equal_name(names: list[str], parts: dict[str, list[str]]) -> list[str]:
+    files = {PurePosixPath(name).name for name in names}
+    return [part for part, patterns in parts.items() if not files & set(patterns)]
+
+
+def _parts_with_all_patterns(names: list[str], parts: dict[str, list[str]]) -> list[str]:
+    return [p for p, patterns in parts.items() if any(_missing_parts(names, {p: [x]}) for x in patterns)]
+
+
+def _patterns_without_file(names: list[str], parts: dict[str, list[str]]) -> list[str]:
+    return [x for patterns in parts.values() for x in patterns if _missing_parts(names, {x: [x]})]
+
+# %% ../../nbs/lib/app/08_exercises_evaluation.ipynb #690c3447
+_HAND_IN = {"commands": ["Train.txt"], "report": ["report.pdf", "report.md"], "plots": ["*.png", "*.svg"]}
+
+register(
+    Exercise(
+        name="missing_parts",
+        lesson="11.2",
+        reference=_missing_parts,
+        cases=[
+            Case("an empty zip", [], _HAND_IN),
+            Case("a report and a plot in folders", ["1/report.md", "1/plots/loss.png"], _HAND_IN),
+            Case("all parts in the top folder", ["Train.txt", "report.pdf", "loss.svg"], _HAND_IN),
+            Case("commands alone, in a folder", ["1/Train.txt"], _HAND_IN),
+        ],
+        mistakes={
+            "It looks as if you returned the parts that are there. Return those that are missing.": (
+                _parts_that_are_there
+            ),
+            "It looks as if you compared patterns with the whole path. Take the file's name alone, with "
+            "`PurePosixPath(name).name`.": _parts_by_whole_path,
+            "It looks as if you compared with `==` or `in`. In a pattern `*` stands for any characters: use "
+            "`fnmatchcase`.": _parts_by_equal_name,
+            "It looks as if a part needs a file for each of its patterns. One that fits is enough: use "
+            "`any`.": _parts_with_all_patterns,
+            "It looks as if you returned patterns. Return the names of the parts.": _patterns_without_file,
+        },
+        hint="For each part: is there any file and any pattern that fit?",
+        compare="exact",
     )
 )
