@@ -1,4 +1,4 @@
-"The freezing study: equal starts, frozen parts that keep every bit, a killed experiment that goes on, true tables."
+"The freezing study: equal starts, frozen parts that keep every bit, a killed experiment that goes on."
 
 import json
 import os

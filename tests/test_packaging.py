@@ -1,4 +1,4 @@
-"What a notebook cannot hold about the package: what an import loads, what the wheel carries, and that the settings agree."
+"What an import loads, what the wheel carries, and that settings, constraints and documents agree."
 
 import re
 import subprocess
@@ -65,7 +65,8 @@ def pins(python_version):
 
 def test_import_loads_nothing_heavy():
     run = python(
-        f"import sys; before = set(sys.modules); import clip475; print(sorted(set(sys.modules) - before & set({HEAVY})))"
+        "import sys; before = set(sys.modules); import clip475; "
+        f"print(sorted(set(sys.modules) - before & set({HEAVY})))"
     )
     loaded = python(f"import sys, clip475; print([m for m in {HEAVY} if m in sys.modules])")
     assert run.returncode == 0, run.stderr
@@ -79,7 +80,8 @@ def test_core_does_not_load_torch_either():
 
 def test_submodules_load_when_asked_for():
     run = python(
-        "import clip475; print(clip475.LabConfig().preset, 'core' in dir(clip475), hasattr(clip475, 'nonsense'))"
+        "import clip475; "
+        "print(clip475.LabConfig().preset, 'core' in dir(clip475), hasattr(clip475, 'nonsense'))"
     )
     assert run.stdout.split() == ["tiny", "True", "False"], run.stderr
 
@@ -160,7 +162,8 @@ def test_one_lowest_python_everywhere():
 
 
 def test_setup_tells_an_old_python_in_one_sentence():
-    old = "import sys; sys.version_info = (3, 10, 0); exec(compile(open('setup.py').read(), 'setup.py', 'exec'))"
+    run_setup = "exec(compile(open('setup.py').read(), 'setup.py', 'exec'))"
+    old = f"import sys; sys.version_info = (3, 10, 0); {run_setup}"
     run = python(old)
     assert run.returncode == 1
     assert (
@@ -213,7 +216,8 @@ def test_find_python_takes_a_newer_sibling(tmp_path):
 def test_a_pair_that_does_not_import_gets_one_sentence(tmp_path):
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     (tmp_path / "torch.py").write_text("")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import runpy; runpy.run_path('tools/check_install.py')"
+    check = "import runpy; runpy.run_path('tools/check_install.py')"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {check}"
     run = python(code)
     assert run.returncode == 1 and run.stderr.count("\n") == 1
     assert "torchvision::nms" in run.stderr and "constraints.txt" in run.stderr
@@ -222,7 +226,8 @@ def test_a_pair_that_does_not_import_gets_one_sentence(tmp_path):
 def test_the_command_tells_a_missing_package_in_one_sentence(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart is missing')")
     run = python(
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.modules['clip475.app.cli'] = None; from clip475.__main__ import main; sys.exit(main([]))"
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.modules['clip475.app.cli'] = None; "
+        "from clip475.__main__ import main; sys.exit(main([]))"
     )
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.startswith("clip475: ") and run.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"The lab from the command line, end to end, in processes of their own: results, resumption, and what it says of bad input."
+"The lab from the command line, end to end: results, resumption, and one sentence for bad input."
 
 import contextlib
 import csv
@@ -102,7 +102,8 @@ def test_demo_leaves_a_whole_run(place, first):
         "figures/loss.png",
     } <= names
     report = (place / "first" / "report.md").read_text()
-    assert report.index("| component |") < report.index("Hardware") < report.index("## Retrieval")
+    gallery, recall = report.index("figures/text_to_image.png"), report.index("figures/recall.png")
+    assert gallery < recall < report.index("| component |") < report.index("Hardware")
 
 
 def test_it_learned_something(place, first):
@@ -324,6 +325,8 @@ def test_an_empty_split_and_too_many_images(place, first):
         (["train", "--set", "text_model=someone/clip"], "revision"),
         (["train", "--set", "backbone=vgg"], "resnet18"),
         (["train", "--set", "batch_size=1000", "--train", "256", "--val", "64"], "batch_size"),
+        (["course"], "DIR"),
+        (["course", "first/config.json"], "first/config.json"),
         (["fly"], "demo"),
         ([], "VERB"),
     ],
@@ -447,7 +450,16 @@ def test_help_reads_well(place):
         and done.stderr == ""
         and all(
             verb in done.stdout
-            for verb in ("demo", "prepare", "train", "eval", "search", "params", "examples")
+            for verb in (*"demo prepare train eval search frozen params course".split(), "examples")
         )
     )
     assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_course_writes_the_lessons_and_keeps_what_a_student_changed(place):
+    made = ok(place, "course", "lessons")
+    assert made["written"] and not made["kept"]
+    lesson = place / "lessons" / made["written"][0]
+    lesson.write_text("{}")
+    again = ok(place, "course", "lessons")
+    assert again["written"] == [] and again["kept"] == [lesson.name] and lesson.read_text() == "{}"

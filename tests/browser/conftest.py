@@ -1,7 +1,7 @@
 """One JupyterLab on loopback and one Chromium for all tests of this folder.
 
-Nothing of the user's own Jupyter is read or written, and both end with the tests. Pictures of what the browser
-showed lie in pytest's temporary folder, or in the folder that `BROWSER_SHOTS` names."""
+Nothing of the user's own Jupyter is read or written, and both end with the tests. Pictures of what the
+browser showed lie in pytest's temporary folder, or in the folder that `BROWSER_SHOTS` names."""
 
 import importlib.util
 import json
@@ -171,7 +171,7 @@ def shots(tmp_path_factory):
     return folder
 
 
-NOTEBOOKS = ("13_explore", "13b_knobs")
+NOTEBOOKS = ("03_panels", "04_teaching_panels")
 
 
 def open_notebook(context, address, name):
@@ -192,11 +192,12 @@ def pages(jupyterlab, browser):
     address, work = jupyterlab
     context = browser.new_context(viewport={"width": 1400, "height": 1000})
     for name in NOTEBOOKS:
-        shutil.copy(ROOT / "nbs" / f"{name}.ipynb", work)
+        shutil.copy(ROOT / "nbs/lib/app" / f"{name}.ipynb", work)
     pages = {name: open_notebook(context, address, name) for name in NOTEBOOKS}
     for page in pages.values():
         page.evaluate(
-            "{ window.ran = null; jupyterapp.commands.execute('notebook:run-all-cells').then(() => ran = true) }"
+            "{ window.ran = null;"
+            " jupyterapp.commands.execute('notebook:run-all-cells').then(() => ran = true) }"
         )
     for page in pages.values():
         page.wait_for_function("ran", timeout=240_000)

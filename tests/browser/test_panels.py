@@ -1,4 +1,4 @@
-"Each panel of 13_explore and 13b_knobs, driven as a person does it, in real JupyterLab in real Chromium."
+"Each panel, driven as a person does it, in real JupyterLab in real Chromium."
 
 import re
 
@@ -12,12 +12,12 @@ expect = playwright.expect
 expect.set_options(timeout=20_000)
 
 
-NOTEBOOKS = {"search": "13_explore", "zeroshot": "13_explore"}  # the others are in 13b_knobs
+NOTEBOOKS = {"search": "03_panels", "zeroshot": "03_panels"}  # the others are in 04_teaching_panels
 NAMES = ("search", "zeroshot", "tokens", "temperature", "freezing", "augmentation", "map")
 
 
 def panel_in(pages, name):
-    found = pages[NOTEBOOKS.get(name, "13b_knobs")].locator(f".jp-OutputArea-output .clip475-{name}")
+    found = pages[NOTEBOOKS.get(name, "04_teaching_panels")].locator(f".jp-OutputArea-output .clip475-{name}")
     expect(found).to_be_visible()
     found.scroll_into_view_if_needed()
     return found
@@ -66,7 +66,8 @@ def test_the_notebooks_run_without_an_error(pages, shots):
         page.bring_to_front()
         assert (
             page.locator(
-                "[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']"
+                "[data-mime-type='application/vnd.jupyter.error'], "
+                "[data-mime-type='application/vnd.jupyter.stderr']"
             ).all_inner_texts()
             == []
         )
@@ -85,13 +86,13 @@ def test_search_by_words_by_click_and_by_upload(panel, tmp_path):
     button = panel.get_by_role("button", name=re.compile("more like this")).nth(1)
     button.focus()
     panel.page.keyboard.press("Enter")  # by keyboard alone
-    expect(panel.get_by_alt_text("the picture asked with")).to_be_visible()
+    expect(panel.get_by_alt_text("the picture searched by")).to_be_visible()
     expect(panel.get_by_text("nearest to “a pink flower”")).to_be_hidden()
     assert before[1] not in [p.get_attribute("src") for p in pictures.all()[1:]]
     expect(button).to_be_focused()
     Image.new("RGB", (60, 40), "red").save(tmp_path / "own.png")
     choose_file(panel, tmp_path / "own.png")
-    asked = panel.get_by_alt_text("the picture asked with")
+    asked = panel.get_by_alt_text("the picture searched by")
     expect(asked).not_to_have_attribute("src", before[1])
     expect(alert(panel)).to_have_count(0)
 
@@ -232,11 +233,19 @@ def test_the_dark_theme_can_be_read(pages, shots):
 # The texts of an element whose ink on the paper below has a contrast under WCAG's 4.5.
 PALE = """panel => {
     const rgba = c => (c.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number)
-    const light = c => c.slice(0, 3).map(v => v/255).map(v => v <= .03928 ? v/12.92 : ((v + .055)/1.055)**2.4).reduce((s, v, i) => s + v*[.2126, .7152, .0722][i], 0)
+    const linear = v => v <= .03928 ? v/12.92 : ((v + .055)/1.055)**2.4
+    const weights = [.2126, .7152, .0722]
+    const light = c => c.slice(0, 3).map(v => linear(v/255)).reduce((s, v, i) => s + v*weights[i], 0)
     const paper = n => rgba(getComputedStyle(n).backgroundColor)
     const below = n => n.parentElement && (paper(n)[3] ?? 1) === 0 ? below(n.parentElement) : n
-    const contrast = e => { const [a, b] = [rgba(getComputedStyle(e).color), paper(below(e))].map(light).sort((x, y) => y - x); return (a + .05)/(b + .05) }
-    const said = e => [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.data.trim()).join("")
-    const words = e => /[\\p{L}\\d]/u.test(said(e)) && e.getClientRects().length && !e.disabled
-    return [...panel.querySelectorAll(":not(svg, svg *, style)")].filter(e => words(e) && contrast(e) < 4.5).map(e => `${said(e)}: ${contrast(e).toFixed(1)}`)
+    const contrast = e => {
+        const pair = [rgba(getComputedStyle(e).color), paper(below(e))].map(light)
+        const [a, b] = pair.sort((x, y) => y - x)
+        return (a + .05)/(b + .05)
+    }
+    const text = e => [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.data.trim()).join("")
+    const words = e => /[\\p{L}\\d]/u.test(text(e)) && e.getClientRects().length && !e.disabled
+    const pale = e => words(e) && contrast(e) < 4.5
+    const elements = [...panel.querySelectorAll(":not(svg, svg *, style)")]
+    return elements.filter(pale).map(e => `${text(e)}: ${contrast(e).toFixed(1)}`)
 }"""
