@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_course', 'course_run', 'load_course_run']
 
-# %% ../../nbs/lib/app/09_course.ipynb #a3a38593
+# %% ../../nbs/lib/app/09_course.ipynb #1cd211fc
 import json
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..models.joint import DualEncoder, load_model
 from ..training.runs import fit
 from ..training.steps import PreparedSplit, embed_images, prepare_data
 
-# %% ../../nbs/lib/app/09_course.ipynb #5805bd55
+# %% ../../nbs/lib/app/09_course.ipynb #0617f7fe
 _REPOSITORY = "https://github.com/clip475/clip475/blob/main"
 
 
@@ -36,7 +36,7 @@ def _notebook_folder() -> Path:
             return folder
     raise LabError(f"{package / 'course'}: this installation has no notebooks; install clip475 again")
 
-# %% ../../nbs/lib/app/09_course.ipynb #96c22e9c
+# %% ../../nbs/lib/app/09_course.ipynb #77791fa8
 def _link_outside(match: re.Match) -> str:
     "A Markdown link from nbs/course to somewhere else, as a link into the repository."
     return f"]({_REPOSITORY}/{normpath('nbs/course/' + match[1])}"
@@ -51,7 +51,7 @@ def _for_reading_elsewhere(text: str) -> str:
             cell["source"] = source.splitlines(keepends=True)
     return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
-# %% ../../nbs/lib/app/09_course.ipynb #fee43ad1
+# %% ../../nbs/lib/app/09_course.ipynb #3364d0be
 class _Handed(NamedTuple):
     "What `write_course` did: names of notebooks."
 
@@ -99,7 +99,7 @@ def _write(target: Path, text: str) -> None:
         problem = f"nothing can be written here ({error.strerror}); name another folder"
         raise LabError(f"{target.parent}: {problem}") from None
 
-# %% ../../nbs/lib/app/09_course.ipynb #7d7a659f
+# %% ../../nbs/lib/app/09_course.ipynb #1e0528d9
 def _course_config() -> LabConfig:
     "The configuration of the run that lessons 7 to 9 share: about 40 s of training on one thread."
     return LabConfig.from_preset("tiny", train_images=2000, val_images=300, epochs=6, batch_size=64)
@@ -126,17 +126,16 @@ def _trained(config: LabConfig) -> Path:
     return run
 
 
-def load_course_run() -> tuple[DualEncoder, LabConfig, PreparedSplit, torch.Tensor]:
-    """The model of `course_run()`, its configuration, the validation split, and its image embeddings.
+def load_course_run(run: Path | None = None) -> tuple[DualEncoder, LabConfig, PreparedSplit, torch.Tensor]:
+    """The model of a finished run, its configuration, the validation split, and its image embeddings.
+
+    Without `run` it is the one of `course_run()`; another run folder works as well.
 
     The model is in evaluation mode. The embeddings are unit vectors (N, D), one for each validation image;
     `val.text_embeddings` (M, D) holds the captions, and `val.split.caption_image` (M,) their images' rows.
     """
-    return _loaded(course_run())
-
-
-def _loaded(run: Path) -> tuple[DualEncoder, LabConfig, PreparedSplit, torch.Tensor]:
     with _fixed_seed():
+        run = course_run() if run is None else run
         model, config = load_model(run)
         (val,) = prepare_data(config, progress=False, names=("val",))
         return model.eval(), config, val, embed_images(model, val.pixels, config)
