@@ -277,6 +277,22 @@ def _two_ways(logits: torch.Tensor, weights: tuple[float, float] = (0.5, 0.5)) -
     return weights[0] * F.cross_entropy(logits, target) + weights[1] * F.cross_entropy(logits.T, target)
 
 
+def _number(loss: float | torch.Tensor) -> float:
+    "The value of a loss, which may be a tensor with a gradient."
+    return float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+
+
+def _try_loss(
+    contrastive_loss: Callable, images: torch.Tensor, texts: torch.Tensor, logit_scale: torch.Tensor
+) -> dict:
+    "The loss, and whether training can use it."
+    loss = contrastive_loss(images.clone().requires_grad_(), texts, logit_scale)
+    return {
+        "the loss": _number(loss),
+        "it has a gradient": isinstance(loss, torch.Tensor) and loss.requires_grad,
+    }
+
+
 def _loss_cases() -> list[Case]:
     "Matching pairs, pairs that have nothing to do with each other, and equal embeddings, as unit vectors."
     draw = torch.Generator().manual_seed(475)
@@ -297,6 +313,8 @@ register(
         reference=info_nce,
         cases=_loss_cases,
         mistakes={
+            "Return the loss as a tensor, without `.item()` or `detach()`: training needs its "
+            "gradient.": lambda x, y, sc: info_nce(x, y, sc).item(),
             "It looks as if you multiplied by τ instead of dividing. `logit_scale` is ln(1/τ), so "
             "`logit_scale.exp()` is 1/τ: multiply by it.": lambda x, y, s: _two_ways(x @ y.T / s.exp()),
             "It looks as if you used `logit_scale` without `exp`. It is the logarithm of 1/τ: multiply by "
@@ -318,6 +336,7 @@ register(
             "captions: `F.cross_entropy(logits, target)`.": lambda x, y, s: (1 - (x * y).sum(1)).mean(),
         },
         hint="`logits = logit_scale.exp() * images @ texts.T`, and the right answer of row i is column i.",
+        run=_try_loss,
     )
 )
 
@@ -417,9 +436,13 @@ def _try_step(train_step: Callable, logit_scale: float, learning_rate: float, st
     draw = torch.Generator().manual_seed(4)
     pixels = torch.randn(5, 6, generator=draw)
     texts = F.normalize(pixels @ model.weight.detach() + 0.5 * torch.randn(5, 4, generator=draw), dim=-1)
-    losses = [float(train_step(model, optimizer, pixels, texts, learning_rate)) for _ in range(steps)]
-    weights = model.weight.detach()
-    return {"losses": losses, "1/τ afterwards": model.logit_scale.exp().item(), "weights": weights}
+    losses = [train_step(model, optimizer, pixels, texts, learning_rate) for _ in range(steps)]
+    return {
+        "losses": [_number(loss) for loss in losses],
+        "1/τ afterwards": model.logit_scale.exp().item(),
+        "weights": model.weight.detach(),
+        "the loss is a Python number": not any(isinstance(loss, torch.Tensor) for loss in losses),
+    }
 
 # %% ../../nbs/lib/app/07_exercises_model.ipynb #574e9645
 def _step(
@@ -429,7 +452,8 @@ def _step(
     text_embeddings: torch.Tensor,
     learning_rate: float,
     order: str = "rate zero loss backward step clamp",
-) -> float:
+    as_number: bool = True,
+) -> float | torch.Tensor:
     "One training step whose parts come in the `order` given."
     loss = torch.tensor(0.0)
     for part in order.split():
@@ -448,7 +472,7 @@ def _step(
             optimizer.step()
         elif part == "clamp":
             clamp_logit_scale_(model.logit_scale, 100)
-    return loss.item()
+    return loss.item() if as_number else loss
 
 
 def _train_step(
@@ -501,6 +525,8 @@ register(
             ),
             "It looks as if the logit scale is limited before the step. Limit it after the step, "
             "which may push it beyond.": partial(_step, order="rate zero clamp loss backward step"),
+            "Return the loss as a Python number, with `loss.item()`. A list of loss tensors would keep the "
+            "whole computation of every step in memory.": partial(_step, as_number=False),
             "The image encoder does not change, only the logit scale: its embeddings carry no gradient. Call "
             "`model.encode_image(pixels)` outside of `torch.no_grad()` and without `detach()`.": partial(
                 _step, order="rate zero detached backward step clamp"
