@@ -23,7 +23,7 @@ def functions_of(lesson, namespace):
     cells = json.loads((LESSONS / lesson).read_text(encoding="utf-8"))["cells"]
     for cell in cells:
         source = "".join(cell["source"])
-        defines = re.match(r"(import|from|def|class) ", source) and "%pip" not in source
+        defines = re.match(r"(import|from|def|class) |@", source) and "%pip" not in source
         if cell["cell_type"] == "code" and defines:
             definitions = source.split("\n\n\n[")[0]  # a cell may show an example below its function
             exec(compile(definitions, lesson, "exec"), namespace)
