@@ -572,7 +572,7 @@ def test_the_specifications_rounded_figures(specified):
         "text encoder": "as it rounds",
         "total": "as it rounds",
         "trainable": "28.75M cut off, not rounded",
-        "share trained": "31.2%, said roundly",
+        "share trained": "31.2%, rounded to tens",
     }
 
 

@@ -111,7 +111,7 @@ def _policy_findings(model: nn.Module) -> Iterator[_Finding]:
             yield name, f"policy {policy['name']} trains it, and it is frozen", "call apply_policy again"
         if parameter.requires_grad and not should_train:
             yield name, f"policy {policy['name']} freezes it, and it is trainable", "call apply_policy again"
-    for name in model.frozen_parts:
+    for name in vars(model)["frozen_parts"]:
         if _has_training_norm(model.get_submodule(name)):
             finding = f"policy {policy['name']} freezes its statistics, and it is in training mode"
             yield name, finding, "call model.train()"

@@ -45,9 +45,9 @@ def _residual_blocks(backbone: nn.Module) -> list[nn.Module]:
     return [block for stage in stages for block in stage.children()]
 
 
-def _last_blocks(backbone: nn.Module, n: int) -> list[nn.Module]:
+def _last_blocks(backbone: nn.Module, n: int | None) -> list[nn.Module]:
     blocks = _residual_blocks(backbone)
-    if n not in range(1, len(blocks) + 1):
+    if n is None or n not in range(1, len(blocks) + 1):
         raise LabError(
             f"policy last-n: n is {n!r}; it takes a whole number from 1 to {len(blocks)}, "
             "the residual blocks of this backbone"
@@ -61,7 +61,7 @@ def _modules_that_train(model: DualEncoder, name: str, n: int | None) -> list[nn
     image, text = model.image_encoder, model.text_encoder
     if name == "last-n":
         return [image.head, *_last_blocks(image.backbone, n)]
-    choices = {
+    choices: dict[str, list[nn.Module]] = {
         "spec": [image],
         "locked-image": [text],
         "head-only": [image.head],
