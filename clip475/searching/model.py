@@ -246,7 +246,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
 def _model_folder(name: str, revision: str | None) -> Path:
     "The folder with the two files of the model `name`."
     source = _SHIPPED.get(name, name)
-    if Path(source).is_dir():
+    if source and Path(source).is_dir():
         return Path(source)
     if _REPOSITORY.fullmatch(source):
         return _from_hub(source, revision)
