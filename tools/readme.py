@@ -56,6 +56,9 @@ def render(notebook=ROOT / "nbs" / "index.ipynb"):
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = relink(cell.source, notebook.parent)
+        for output in cell.get("outputs", []):
+            if "text/markdown" in output.get("data", {}):
+                output.data["text/markdown"] = relink(output.data["text/markdown"], notebook.parent)
     nb.metadata["language_info"] = {"name": "python"}
     text, resources = MarkdownExporter().from_notebook_node(
         nb, resources={"output_files_dir": FIGURES, "unique_key": "figure"}
