@@ -15,7 +15,7 @@ from clip475.core.config import LabConfig
 from clip475.evaluation.retrieval import evaluate_retrieval
 from clip475.evaluation.space import _keep_embeddings, _uniform_value, space_measures
 from clip475.training.runs import fit
-from clip475.training.steps import prepare_data
+from clip475.training.batches import prepare_data
 
 
 def measured(images, val):

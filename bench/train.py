@@ -35,13 +35,8 @@ from clip475.data.scenes import caption_scene, draw_scene, make_scene
 from clip475.models.joint import ImageEncoder, build_backbone, projection_head
 from clip475.training.distributed import ProcessGroup
 from clip475.training.loss import info_nce
-from clip475.training.steps import (
-    PreparedSplit,
-    _set_training_mode,
-    epoch_batches,
-    start_training,
-    train_step,
-)
+from clip475.training.batches import PreparedSplit, epoch_batches
+from clip475.training.steps import _set_training_mode, start_training, train_step
 
 GFLOP_PER_IMAGE = (
     3 * 2 * 4.09

@@ -74,7 +74,8 @@ import json, sys, torch
 from pathlib import Path
 from clip475.core.config import LabConfig
 from clip475.training.distributed import ProcessGroup, _main_process_first, join_processes
-from clip475.training.steps import epoch_batches, prepare_data, start_training, train_step, _set_training_mode
+from clip475.training.batches import epoch_batches, prepare_data
+from clip475.training.steps import start_training, train_step, _set_training_mode
 
 torch.set_num_threads(1)
 base = LabConfig.from_preset("tiny", train_images=64, val_images=16, epochs=1, batch_size=32, image_size=32, precision="fp32", freeze_batchnorm=True)
@@ -143,7 +144,7 @@ import sys, torch
 from clip475.core.config import LabConfig
 from clip475.training.distributed import join_processes
 from clip475.training.runs import fit
-from clip475.training.steps import prepare_data
+from clip475.training.batches import prepare_data
 config = LabConfig.load("alone/config.json")
 def stop_after_one(state): raise SystemExit
 with join_processes() as process_group: fit(config, *prepare_data(config, progress=False), "half", progress=False, process_group=process_group, watch=stop_after_one)
@@ -169,7 +170,7 @@ from clip475.core.config import LabConfig
 from clip475.core.files import LabError
 from clip475.training.distributed import join_processes
 from clip475.training.runs import fit
-from clip475.training.steps import prepare_data
+from clip475.training.batches import prepare_data
 import clip475.training.runs as runs
 torch.set_num_threads(1)
 config = LabConfig.from_preset("tiny", train_images=64, val_images=16, epochs=50, batch_size=16, image_size=32)

@@ -34,7 +34,7 @@ from clip475.evaluation.space import (
     uniformity,
 )
 from clip475.training.runs import fit
-from clip475.training.steps import prepare_data
+from clip475.training.batches import prepare_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,7 @@ from PIL import Image
 from clip475.core.config import LabConfig
 from clip475.core.files import LabError
 from clip475.models.joint import build_model
-from clip475.training.steps import prepare_data
+from clip475.training.batches import prepare_data
 
 widgets = pytest.importorskip("ipywidgets")
 import clip475.app.panels as panels

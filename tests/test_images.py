@@ -862,7 +862,8 @@ def test_the_viewer_is_a_figure(pixels):
 
 
 def test_training_and_evaluation_normalise_a_pixel_alike(tmp_path):
-    from clip475.training.steps import PreparedSplit, embed_images, start_training, train_epoch
+    from clip475.training.batches import PreparedSplit
+    from clip475.training.steps import embed_images, start_training, train_epoch
 
     config = LabConfig.from_preset(
         "tiny",

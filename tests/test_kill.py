@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 from clip475.core.config import LabConfig
 from clip475.app.report import _recall_columns
-from clip475.training.runs import _checkpoint_files, fit
-from clip475.training.steps import prepare_data
+from clip475.training.checkpoints import _checkpoint_files
+from clip475.training.runs import fit
+from clip475.training.batches import prepare_data
 import pandas as pd
 
 place, rng, kills = Path(sys.argv[1]), random.Random(int(sys.argv[2])), int(sys.argv[3])

@@ -16,12 +16,12 @@ import clip475.training.steps as train_module
 from clip475.core.config import LabConfig
 from clip475.core.files import LabError
 from clip475.models.joint import load_model
-from clip475.training.runs import _check_run_folder, _checkpoint_files, _load_checkpoint, fit
+from clip475.training.checkpoints import _checkpoint_files, _load_checkpoint
+from clip475.training.runs import _check_run_folder, fit
+from clip475.training.batches import epoch_batches, prepare_data
 from clip475.training.steps import (
     _model_to_evaluate,
     _set_training_mode,
-    epoch_batches,
-    prepare_data,
     start_training,
     train_epoch,
     train_step,
