@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from unreliable_server import UnreliableServer
 
 import clip475.data.download as download
 from clip475.core.config import LabConfig
@@ -22,12 +23,11 @@ from clip475.core.files import LabError
 from clip475.data.download import (
     _CAPTION_FILES,
     _fetch_archive,
+    _fetch_images,
     _is_whole,
     _Patience,
     _Source,
-    _UnreliableServer,
     _why_no_picture,
-    _fetch_images,
     prepare_coco2014,
 )
 from clip475.data.layouts import read_splits
@@ -71,8 +71,8 @@ def write_served(root, train=TRAIN, val=VAL):
     return hashlib.md5((root / "annotations_trainval2014.zip").read_bytes()).hexdigest()
 
 
-class Server(_UnreliableServer):
-    "The lab's moody server, with its source and a folder to prepare."
+class Server(UnreliableServer):
+    "The unreliable server, with its source and a folder to prepare."
 
     def __init__(self, folder):
         self.md5 = write_served(folder)
@@ -181,17 +181,17 @@ def test_progress_goes_to_stderr(server, root, capfd):
 @pytest.mark.parametrize("mood", ["drop", "cut", "html", 500, 503, 429, 408])
 def test_what_passes_is_waited_for(server, root, mood):
     for id in TRAIN[::3]:
-        server.moods[file_name("train", id)] = [mood] * 3
-    server.moods["annotations_trainval2014.zip"] = [mood] * 2 if mood != "html" else []
+        server.faults[file_name("train", id)] = [mood] * 3
+    server.faults["annotations_trainval2014.zip"] = [mood] * 2 if mood != "html" else []
     prepare(root, server)
     check(root, config())
     asked = server.picture_requests()
-    assert all(asked[name] == (4 if name in server.moods else 1) for name in asked)
+    assert all(asked[name] == (4 if name in server.faults else 1) for name in asked)
 
 
 def test_retry_after_is_honoured_and_pauses_double_with_jitter(server, tmp_path):
     name, waited = file_name("train", 1), []
-    server.moods[name] = [429, 500, 500, 500, 500]
+    server.faults[name] = [429, 500, 500, 500, 500]
     patience = quick(tries=6, pause=2, sleep=waited.append)
     assert not _fetch_images({tmp_path / name: f"{server.url}/train2014/{name}"}, patience, False)
     assert waited[0] == 7 and all(2**k <= w <= 2 ** (k + 1) for k, w in enumerate(waited) if k > 0)
@@ -199,7 +199,7 @@ def test_retry_after_is_honoured_and_pauses_double_with_jitter(server, tmp_path)
 
 def test_a_wish_for_an_hour_is_not_waited_for(server, tmp_path):
     name, waited = file_name("train", 1), []
-    server.moods[name] = 429
+    server.faults[name] = 429
     failed = _fetch_images(
         {tmp_path / name: f"{server.url}/train2014/{name}"}, quick(longest=5, sleep=waited.append), False
     )
@@ -212,7 +212,7 @@ def test_a_wish_for_an_hour_is_not_waited_for(server, tmp_path):
 
 def test_a_slow_answer_is_cut_off(server, tmp_path):
     name = file_name("train", 1)
-    server.moods[name] = ["slow"]
+    server.faults[name] = ["slow"]
     start = time.monotonic()
     assert not _fetch_images({tmp_path / name: f"{server.url}/train2014/{name}"}, quick(longest=0.4), False)
     assert server.asked[name] == 2 and time.monotonic() - start < 5 and _is_whole(tmp_path / name)
@@ -249,7 +249,7 @@ def test_fail_names_the_first_and_goes_on_later(server, root, mood, reason):
     with_all = prepare(root.parent / "first", server)
     ids = with_all["splits"]["train"]["ids"][:5]
     for id in ids:
-        server.moods[file_name("train", id)] = mood
+        server.faults[file_name("train", id)] = mood
     message = refusal(prepare, root, server)
     assert (
         message.startswith("5 of 28 pictures cannot be had")
@@ -259,7 +259,7 @@ def test_fail_names_the_first_and_goes_on_later(server, root, mood, reason):
     )
     assert all(file_name("train", id) in message for id in ids[:3]) and not (root / "split.json").exists()
     assert len(list(root.rglob("*.jpg"))) == 23 and all(map(_is_whole, root.rglob("*.jpg")))
-    server.moods.clear()
+    server.faults.clear()
     server.asked.clear()
     assert prepare(root, server) == with_all and len(server.picture_requests()) == 5
     check(root, config())
@@ -274,7 +274,7 @@ def test_replace_takes_the_next_of_the_order_and_records_it(server, root):
     }
     for name, ids in gone.items():
         for id in ids:
-            server.moods[file_name("train" if name == "train" else "val", id)] = 404
+            server.faults[file_name("train" if name == "train" else "val", id)] = 404
     after = prepare(root, server, test_images=4, on_bad="replace")
     for name, ids in gone.items():
         assert (
@@ -295,20 +295,20 @@ def test_a_replacement_that_is_gone_too(server, root):
     few = prepare(root.parent / "first", server)["splits"]["train"]["ids"]
     gone = few[:1] + [id for id in more if id not in few][:6]
     for id in gone:
-        server.moods[file_name("train", id)] = 404
+        server.faults[file_name("train", id)] = 404
     after = prepare(root, server, on_bad="replace")
     assert after["splits"]["train"]["images"] == 20 and not set(after["splits"]["train"]["ids"]) & set(gone)
 
 
 def test_no_replacement_is_left(server, root):
-    server.moods[file_name("train", TRAIN[5])] = 404
+    server.faults[file_name("train", TRAIN[5])] = 404
     message = refusal(prepare, root, server, train_images=40, on_bad="replace")
     assert "40 train images are asked for, but 39 of the 40" in message
 
 
 def test_a_server_that_has_moved_gives_one_sentence(server, root):
     for id in TRAIN + VAL:
-        server.moods[file_name("train" if id in TRAIN else "val", id)] = 404
+        server.faults[file_name("train" if id in TRAIN else "val", id)] = 404
     for on_bad in ("fail", "replace"):
         message = refusal(prepare, root, server, quick(hopeless=10), on_bad=on_bad)
         assert "may be down or have moved" in message and "the server says 404" in message
@@ -323,7 +323,7 @@ def test_an_archive_that_is_another(server, root):
         and "thrown away" in message
         and [p for p in root.rglob("*") if p.is_file()] == []
     )
-    server.moods["annotations_trainval2014.zip"] = 404
+    server.faults["annotations_trainval2014.zip"] = 404
     assert "the server says 404" in refusal(prepare, root, server)
 
 
@@ -435,7 +435,7 @@ def test_an_interrupt_leaves_whole_pictures_and_the_next_run_goes_on(server, roo
 
     expected = prepare(root.parent / "first", server)
     server.asked.clear()
-    server.moods[file_name("train", expected["splits"]["train"]["ids"][11])] = [500]
+    server.faults[file_name("train", expected["splits"]["train"]["ids"][11])] = [500]
     with pytest.raises(KeyboardInterrupt):
         prepare(root, server, quick(workers=2, sleep=interrupt))
     there = {p.name for p in root.rglob("*.jpg")}

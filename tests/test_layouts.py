@@ -22,7 +22,7 @@ from clip475.core.config import LabConfig
 from clip475.core.files import LabError
 from clip475.data.captions import load_split, load_splits
 from clip475.data.layouts import _LAYOUTS, _detect_layout, read_splits
-from clip475.data.splits import _SPLIT_FILE, _deal, check_disjoint, draw_splits, _split_record
+from clip475.data.splits import _SPLIT_FILE, _deal, _split_record, check_disjoint
 
 COCO = Path(__file__).parents[1].parent / "shared" / "data" / "coco2014"
 MAIN = Path(__file__).parents[1]

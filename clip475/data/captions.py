@@ -313,7 +313,7 @@ def load_split(
 ) -> CaptionSplit:
     """`count` images of the "train" or "val" split under `root`, with their captions; None takes all on disk.
 
-    `root` is in COCO 2014's layout. Listed images that are not on disk are left out and counted in `.missing`.
+    `root` is in COCO 2014's layout. Listed images that are not on disk are counted in `.missing`.
     The draw depends on `seed` and the image ids alone, and the split is sorted by id. For each image id in
     `exclude` the next of the seeded order takes its place. Raises `LabError`."""
     coco = read_captions(_caption_file(root, name))
