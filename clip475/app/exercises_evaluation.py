@@ -300,7 +300,7 @@ def _paired_interval(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float, fl
     difference = a.double() - b.double()  # (n,)
     n = len(difference)
     mean = difference.mean().item()
-    half = student_t.ppf(0.975, n - 1) * difference.std().item() / math.sqrt(n)
+    half = float(student_t.ppf(0.975, n - 1)) * difference.std().item() / math.sqrt(n)
     return mean, mean - half, mean + half
 
 
