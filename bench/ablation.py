@@ -1,9 +1,11 @@
-"""The study of course lesson 10 with ten seeds: none, A, B and A+B, forty trainings in about two minutes on one thread.
+"""The study of course lesson 10 with ten seeds: none, A, B and A+B, forty trainings in about two minutes on
+one thread.
 
     python bench/ablation.py
 
-The code is the lesson's own: the cells of nbs/course/solutions/10_ablation.ipynb that stand before its first
-trainings are run as they are. The lesson quotes the numbers that this writes to results/ablation.json.
+The code is the lesson's own: the cells of nbs/course/solutions/10_ablation.ipynb that stand before its
+first trainings are run as they are. The lesson quotes the numbers that this writes to
+results/ablation.json.
 """
 
 import json
@@ -19,11 +21,13 @@ SEEDS = range(10)
 
 
 def lesson_code(path: Path = LESSON) -> str:
-    "The code of the lesson up to its first trainings, without the cells for Colab and the check of fair arms."
+    """The code of the lesson up to its first trainings, without the cells for Colab and the check of fair
+    arms."""
     cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
     sources = ["".join(cell["source"]) for cell in cells]
     end = next(i for i, source in enumerate(sources) if source.startswith(FIRST_TRAINING))
-    return "\n\n".join(s for s in sources[:end] if "google.colab" not in s and not s.startswith("for changes in"))
+    skipped = [s for s in sources[:end] if "google.colab" in s or s.startswith("for changes in")]
+    return "\n\n".join(s for s in sources[:end] if s not in skipped)
 
 
 def main() -> None:

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""Encoding captions on the CPU: sorted and trimmed (clip475) beside batches padded to 77, and how quick tokens are.
+"""Encoding captions on the CPU: sorted and trimmed (clip475) beside batches padded to 77, and how quick
+tokens are.
 
-    python bench/captions.py [--batches 5] [--padded 128] [--threads 1] [--repeats 1] [--data ../shared/data/coco2014] [--json]
+    python bench/captions.py [--batches 5] [--padded 128] [--threads 1] [--repeats 1] \\
+        [--data ../shared/data/coco2014] [--json]
 
-The tower has the specification's size (63,428,096 parameters) and random weights: time does not depend on their values.
-`clip475` encodes `--batches` of the batches of 256 that the lab makes of all captions, evenly spaced from the shortest to the
-longest; `positions_per_caption` says how well they stand for all. `padded` is what is often seen: `padding="max_length"`,
-float32, batches of 32, on captions drawn from the same ones; its rows are compared with the lab's. Both sides include
-tokenizing and run in one process. Seconds are CPU seconds, the fewest of `--repeats`. Captions are COCO's where `--data` has
+The tower has the specification's size (63,428,096 parameters) and random weights: time does not depend
+on their values. `clip475` encodes `--batches` of the batches of 256 that the lab makes of all captions,
+evenly spaced from the shortest to the longest; `positions_per_caption` says how well they stand for
+all. `padded` is what is often seen: `padding="max_length"`, float32, batches of 32, on captions drawn
+from the same ones; its rows are compared with the lab's. Both sides include tokenizing and run in one
+process. Seconds are CPU seconds, the fewest of `--repeats`. Captions are COCO's where `--data` has
 them, else those of drawn scenes.
 """
 
@@ -65,15 +68,19 @@ def padded(captions, encoder, tokenizer, batch):
 
 
 def some_batches(captions, tokenizer, count, size=256):
-    "`count` whole batches of the lab's order, shortest to longest, and the mean positions per caption in them and in all."
-    from clip475.data.tokens import clean_text, _token_ids
+    """`count` whole batches of the lab's order, shortest to longest, and the mean positions per caption in
+    them and in all."""
+    from clip475.data.tokens import _token_ids, clean_text
 
     texts = list(dict.fromkeys(clean_text(c) for c in captions))
     random.Random(475).shuffle(texts)  # equal lengths in any order
     pairs = sorted(((len(ids), i) for i, ids in enumerate(_token_ids(texts, tokenizer))))
     batches = [pairs[i : i + size] for i in range(0, len(pairs), size)]
     picked = [batches[int((k + 0.5) * len(batches) / count)] for k in range(count)]
-    mean = lambda some: round(sum(batch[-1][0] * len(batch) for batch in some) / sum(map(len, some)), 2)
+
+    def mean(some):
+        return round(sum(batch[-1][0] * len(batch) for batch in some) / sum(map(len, some)), 2)
+
     return [texts[i] for batch in picked for _, i in batch], {
         "sample": mean(picked),
         "all": mean(batches),
@@ -119,7 +126,7 @@ def encoding(captions, batches, sample, repeats):
 
 def tokenizing(captions):
     "Seconds to clean and to tokenize all captions, and how long they are."
-    from clip475.data.tokens import clean_text, load_tokenizer, _token_ids, tokenize
+    from clip475.data.tokens import _token_ids, clean_text, load_tokenizer, tokenize
 
     tokenizer = load_tokenizer("builtin")
     cleaning, texts = quickest(lambda: [clean_text(c) for c in captions], 1)
@@ -170,13 +177,18 @@ def main():
         return print(json.dumps(result))
     t, e = result["tokenizing"], result["encoding"]
     print(
-        f"{result['source']}: {t['captions']:,} captions cleaned in {t['clean_cpu_seconds']} CPU seconds, cleaned and tokenized in {t['tokenize_cpu_seconds']}; "
-        f"{t['tokens_median']} tokens in the median, {t['tokens_max']} at most, {t['truncated_at_77']} truncated at 77\n\n"
-        f"{e['captions']:,} captions, {e['positions_per_caption']['sample']} positions each when trimmed ({e['positions_per_caption']['all']} in all of the file), {e['compared']} compared, {result['threads']} thread(s)\n\n| way | captions per CPU second | ratio | largest difference | smallest cosine |\n| --- | ---: | ---: | ---: | ---: |"
+        f"{result['source']}: {t['captions']:,} captions cleaned in {t['clean_cpu_seconds']} CPU seconds, "
+        f"cleaned and tokenized in {t['tokenize_cpu_seconds']}; {t['tokens_median']} tokens in the median, "
+        f"{t['tokens_max']} at most, {t['truncated_at_77']} truncated at 77\n\n{e['captions']:,} captions, "
+        f"{e['positions_per_caption']['sample']} positions each when trimmed "
+        f"({e['positions_per_caption']['all']} in all of the file), {e['compared']} compared, "
+        f"{result['threads']} thread(s)\n\n| way | captions per CPU second | ratio | largest difference | "
+        "smallest cosine |\n| --- | ---: | ---: | ---: | ---: |"
     )
     for name, way in e["ways"].items():
         print(
-            f"| {name} | {way['captions_per_cpu_second']} | {way['ratio']} | {way.get('max_difference', 0):.1e} | {way.get('min_cosine', 1)} |"
+            f"| {name} | {way['captions_per_cpu_second']} | {way['ratio']} | "
+            f"{way.get('max_difference', 0):.1e} | {way.get('min_cosine', 1)} |"
         )
     if not e["bf16_in_hardware"]:
         print("\nThis processor has no bfloat16 of its own, so that row is left out.")

@@ -1,7 +1,9 @@
-"""Seconds to read, check and index COCO's whole val caption file: python bench/captions_read.py [--json] [FOLDER]
+"""Seconds to read, check and index COCO's whole val caption file: python bench/captions_read.py [--json]
+[FOLDER]
 
-FOLDER is in COCO 2014's layout (default: $CLIP475_COCO, else ../shared/data/coco2014). One process, best of three, the file warm in the
-page cache. "parse" is json alone and "pycocotools" its own reader without any check: what the checks cost is the difference.
+FOLDER is in COCO 2014's layout (default: $CLIP475_COCO, else ../shared/data/coco2014). One process,
+best of three, the file warm in the page cache. "parse" is json alone and "pycocotools" its own reader
+without any check: what the checks cost is the difference.
 """
 
 import contextlib

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Step 1 beside what public solutions do: pictures (bench/images.py) and captions (bench/captions.py), as one table.
+"""Step 1 beside what public solutions do: pictures (bench/images.py) and captions (bench/captions.py), as
+one table.
 
     python bench/data.py [--memory 20000] [--json]
 
-Both sides of each row run in one process with one thread; every part has a process of its own, so that one's memory is not
-another's. What exactly is measured stands in the two files.
+Both sides of each row run in one process with one thread; every part has a process of its own, so that
+one's memory is not another's. What exactly is measured stands in the two files.
 """
 
 import argparse
@@ -28,7 +29,8 @@ def found_by(name, arguments=""):
 
 
 def caption_rows(found):
-    "(work, against, ratio, aim) of each way to encode captions; the first one is what the others stand against."
+    """(work, against, ratio, aim) of each way to encode captions; the first one is what the others stand
+    against."""
     (usual, first), *ways = found["encoding"]["ways"].items()
     against = f"{usual} ({first['captions_per_cpu_second']} a CPU second)"
     return [

@@ -1,7 +1,8 @@
 """The shared space of the full demo, epoch by epoch: python bench/embeddings.py [--images N] [--json]
 
-The demo's settings are trained into a temporary folder (about two minutes), and after each epoch the images that it has not
-seen are measured against their captions: modality gap, separability, alignment, uniformity, hubness, neighbour overlap, recall.
+The demo's settings are trained into a temporary folder (about two minutes), and after each epoch the
+images that it has not seen are measured against their captions: modality gap, separability, alignment,
+uniformity, hubness, neighbour overlap, recall.
 """
 
 import argparse
@@ -14,8 +15,8 @@ import pandas as pd
 from clip475.core.config import LabConfig
 from clip475.evaluation.retrieval import evaluate_retrieval
 from clip475.evaluation.space import _keep_embeddings, _uniform_value, space_measures
-from clip475.training.runs import fit
 from clip475.training.batches import prepare_data
+from clip475.training.runs import fit
 
 
 def measured(images, val):

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""What freezing the text tower saves at the specification's full shapes: bytes, seconds, and the largest batch that fits 15 GB.
+"""What freezing the text tower saves at the specification's full shapes: bytes, seconds, and the largest
+batch that fits 15 GB.
 
     python bench/frozen_memory.py [--batch 8] [--repeats 3] [--memory 15] [--threads N] [--json]
 
-ResNet50 at 224 × 224 and the 63M text tower at 77 tokens, random weights, float32, AdamW. Four ways to handle the text:
-cached (looked up; the tower is not in memory), encoded (frozen, run in every step), trained (77 tokens), trained on 16 (trimmed to them).
-`fixed`: weights, buffers, gradients and optimizer state. `per_pair`: what autograd keeps for one more pair. The largest batch is
-worked out from batches of 2 and 4, and checked by a third count at that batch itself, on the meta device: shapes without numbers.
-`peak`: growth of resident memory in one step of `--batch` pairs, beside `counted`, what autograd keeps in it.
+ResNet50 at 224 × 224 and the 63M text tower at 77 tokens, random weights, float32, AdamW. Four ways to
+handle the text: cached (looked up; the tower is not in memory), encoded (frozen, run in every step),
+trained (77 tokens), trained on 16 (trimmed to them). `fixed`: weights, buffers, gradients and optimizer
+state. `per_pair`: what autograd keeps for one more pair. The largest batch is worked out from batches
+of 2 and 4, and checked by a third count at that batch itself, on the meta device: shapes without
+numbers. `peak`: growth of resident memory in one step of `--batch` pairs, beside `counted`, what
+autograd keeps in it.
 """
 
 import argparse
@@ -92,7 +95,7 @@ def measure(way, options):
         "per_pair": fit["bytes_per_item"],
         "seconds": seconds,
         "pairs_per_second": options.batch / total,
-        "_largest_batch": fit["batch"],
+        "largest_batch": fit["batch"],
         "predicted": fit["predicted"],
         "measured_there": fit["measured"],
         "peak": peak,
@@ -129,7 +132,9 @@ def main():
         return print(json.dumps(result, indent=2))
     for way, r in ways.items():
         print(
-            f"{way:15} fixed {sum(r['fixed'].values()) / 1e6:6.0f} MB, {r['per_pair'] / 1e6:6.1f} MB a pair, batch of {r['_largest_batch']} in {options.memory:g} GB, {r['pairs_per_second']:.1f} pairs/s, peak {r['peak'] / 1e6:.0f} MB (kept {r['counted'] / 1e6:.0f})"
+            f"{way:15} fixed {sum(r['fixed'].values()) / 1e6:6.0f} MB, {r['per_pair'] / 1e6:6.1f} MB a pair, "
+            f"batch of {r['largest_batch']} in {options.memory:g} GB, {r['pairs_per_second']:.1f} pairs/s, "
+            f"peak {r['peak'] / 1e6:.0f} MB (kept {r['counted'] / 1e6:.0f})"
         )
 
 

@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""Gradient caching beside the plain step at the same batch: time, memory, gradient; and a large batch in the memory of a chunk.
+"""Gradient caching beside the plain step at the same batch: time, memory, gradient; and a large batch in the
+memory of a chunk.
 
-    python bench/gradcache.py [--batch 512] [--chunk 64] [--large 4096] [--size 64] [--backbone resnet10] [--threads N] [--json]
+    python bench/gradcache.py [--batch 512] [--chunk 64] [--large 4096] [--size 64] [--backbone resnet10] \\
+        [--threads N] [--json]
 
-Time: plain and cached steps (forward, loss, backward; float32) in turn in one process, the median of each. Memory: each step in a
-process of its own; `resident_mb` is the growth of the process's peak during the step, `saved_mb` the most that autograd kept
-for the backward pass at once. BatchNorm is in evaluation mode, so that both gradients are of the same function.
-`the loss alone` is what the B x B matrices of InfoNCE take, whatever the tower.
+Time: plain and cached steps (forward, loss, backward; float32) in turn in one process, the median of
+each. Memory: each step in a process of its own; `resident_mb` is the growth of the process's peak
+during the step, `saved_mb` the most that autograd kept for the backward pass at once. BatchNorm is in
+evaluation mode, so that both gradients are of the same function. `the loss alone` is what the B x B
+matrices of InfoNCE take, whatever the tower.
 """
 
 import argparse
@@ -165,13 +168,17 @@ def main():
         return print(json.dumps(result))
     seconds = result["seconds"]
     print(
-        f"{result['backbone']}, {result['size']} px, chunks of {result['chunk']}, {result['threads']} threads\n"
+        f"{result['backbone']}, {result['size']} px, chunks of {result['chunk']}, {result['threads']} "
+        "threads\n"
     )
     print(
-        f"a step of {options.batch}: plain {seconds['plain']} s, cached {seconds['cached']} s, ratio {result['time_ratio']} ({result['cpu_ratio']} in CPU seconds, which a busy machine disturbs less); gradients differ by {result['gradient_difference']:.1e}\n"
+        f"a step of {options.batch}: plain {seconds['plain']} s, cached {seconds['cached']} s, ratio "
+        f"{result['time_ratio']} ({result['cpu_ratio']} in CPU seconds, which a busy machine disturbs less); "
+        f"gradients differ by {result['gradient_difference']:.1e}\n"
     )
     print(
-        "| step | batch | seconds, first step | resident (MB) | kept by autograd (MB) |\n| --- | ---: | ---: | ---: | ---: |"
+        "| step | batch | seconds, first step | resident (MB) | kept by autograd (MB) |\n| --- | ---: | ---: "
+        "| ---: | ---: |"
     )
     for name, row in result["memory"].items():
         print(

@@ -1,16 +1,20 @@
 #!/usr/bin/env python3
-"""Packing pictures and reading them back, beside decoding them anew for each epoch: time per core, and memory.
+"""Packing pictures and reading them back, beside decoding them anew for each epoch: time per core, and
+memory.
 
     python bench/images.py [--pictures DIR] [--count 128] [--rows 4000] [--memory 20000] [--size 224] [--json]
 
-The other side is what public solutions do for each picture of each epoch: PIL decode, torchvision's Resize, ToTensor, Normalize.
-Both sides run in turns in one process that is held to one core and one thread; times are CPU time, so that other programs
-do not count (waiting for the disk does not either), and the best of several rounds counts. The
-pictures are made up, 640×480, with detail like a photograph's (about 140 kB each, COCO's have 160 on average); `--pictures` takes real ones.
+The other side is what public solutions do for each picture of each epoch: PIL decode, torchvision's
+Resize, ToTensor, Normalize. Both sides run in turns in one process that is held to one core and one
+thread; times are CPU time, so that other programs do not count (waiting for the disk does not either),
+and the best of several rounds counts. The pictures are made up, 640×480, with detail like a
+photograph's (about 140 kB each, COCO's have 160 on average); `--pictures` takes real ones.
 
 - pack: `pack_images`, everything included: decode, squash, checksum, journal, write, fsync, manifest, open.
-- epoch: batches of 256 random rows out of the packed file as training reads them, uint8 → uint8; and once more with `normalize`.
-- memory: the peak of a process that packs so many pictures (4 in 5 as train, the rest as val) on all cores. They are links to
+- epoch: batches of 256 random rows out of the packed file as training reads them, uint8 → uint8; and once
+  more with `normalize`.
+- memory: the peak of a process that packs so many pictures (4 in 5 as train, the rest as val) on all cores.
+  They are links to
   64 different files, each decoded as often as it is linked.
 """
 
@@ -41,7 +45,7 @@ def make_pictures(folder, count, side=(640, 480)):
                     34
                     * 0.75**octave
                     * np.asarray(
-                        Image.fromarray((1.6 * grey[..., 0] + 0.5 * colour[..., c])).resize(
+                        Image.fromarray(1.6 * grey[..., 0] + 0.5 * colour[..., c]).resize(
                             side, Image.Resampling.BICUBIC
                         )
                     )
@@ -220,7 +224,8 @@ def rows(found):
     usual = f"PIL decode + Resize + ToTensor + Normalize ({ms['usual']:.2f} ms)"
     return [
         (
-            f"packing 640×480 JPEGs of {s['mean_kb']} kB at {s['size']} px ({ms['pack']:.2f} ms an image, per core)",
+            f"packing 640×480 JPEGs of {s['mean_kb']} kB at {s['size']} px ({ms['pack']:.2f} ms an image, "
+            "per core)",
             usual,
             f"{s['pack_ratio']:.2f}",
             "≥ 1.8",
@@ -238,7 +243,8 @@ def rows(found):
             "–",
         ),
         (
-            f"peak memory while packing {m['images']:,} images ({m['packed_mb']:,} MB, {m['seconds']:.0f} s on all cores)",
+            f"peak memory while packing {m['images']:,} images ({m['packed_mb']:,} MB, {m['seconds']:.0f} s "
+            "on all cores)",
             "–",
             f"{m['peak_mb']:,} MB",
             "< 2,000 MB",

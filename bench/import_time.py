@@ -23,5 +23,6 @@ if __name__ == "__main__":
     nothing = best_of("pass")
     for module in ("clip475", "clip475.core.config", "clip475.core.figures"):
         print(
-            f"import {module:14} {best_of(f'import {module}') - nothing:7.1f} ms beyond a bare interpreter ({nothing:.0f} ms)"
+            f"import {module:14} {best_of(f'import {module}') - nothing:7.1f} ms beyond a bare interpreter "
+            f"({nothing:.0f} ms)"
         )

@@ -1,8 +1,10 @@
-"""What the rules of mistakes find on real photographs: python bench/mistakes.py --data DIR [--size 12] [--json]
+"""What the rules of mistakes find on real photographs: python bench/mistakes.py --data DIR [--size 12]
+[--json]
 
-DIR holds COCO 2014 or a part of it. Captions are bags of words (TF-IDF, 256 dimensions of latent semantic analysis, fitted on train and
-val together). Two models of the pictures: a linear map of `--size` × `--size` pixels, fitted on train; and, beyond what any
-training can hope for, each picture at the mean of its own captions. Both are measured on val.
+DIR holds COCO 2014 or a part of it. Captions are bags of words (TF-IDF, 256 dimensions of latent
+semantic analysis, fitted on train and val together). Two models of the pictures: a linear map of
+`--size` × `--size` pixels, fitted on train; and, beyond what any training can hope for, each picture at
+the mean of its own captions. Both are measured on val.
 """
 
 import argparse

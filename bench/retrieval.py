@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
 """Recall@K and mAP@R of clip475 beside the bare matrix product, and beside other ways to the same numbers.
 
-    python bench/retrieval.py [--images 6000] [--captions 30000] [--dim 512] [--threads N] [--noise 8] [--json]
+    python bench/retrieval.py [--images 6000] [--captions 30000] [--dim 512] [--threads N] [--noise 8] \\
+        [--json]
     python bench/retrieval.py --full                # COCO's validation set: 40,504 images, 202,654 captions
 
-The product is float32, in tiles, thrown away; it and `evaluate_retrieval` (both directions, ranks, mAP@R, no bootstrap) take turns
-in one process. Then each way runs in a process of its own, on the same made-up embeddings, and its largest resident memory
-(`peak_mb`, all of the process) is noted: `clip475`; `matrix`, a second implementation of the definition on the whole float64
-matrix, which has to find the same ranks; `argsort`, what is often seen, the float32 matrix sorted whole in both directions; `faiss`,
-its flat index asked for the first ten in both directions (skipped where faiss-cpu is not installed). --full leaves out `matrix` and `argsort`,
-which would need 66 GB. A higher --noise makes a worse model, whose ranks are more work; 1000 guesses.
+The product is float32, in tiles, thrown away; it and `evaluate_retrieval` (both directions, ranks,
+mAP@R, no bootstrap) take turns in one process. Then each way runs in a process of its own, on the same
+made-up embeddings, and its largest resident memory (`peak_mb`, all of the process) is noted: `clip475`;
+`matrix`, a second implementation of the definition on the whole float64 matrix, which has to find the
+same ranks; `argsort`, what is often seen, the float32 matrix sorted whole in both directions; `faiss`,
+its flat index asked for the first ten in both directions (skipped where faiss-cpu is not installed).
+--full leaves out `matrix` and `argsort`, which would need 66 GB. A higher --noise makes a worse model,
+whose ranks are more work; 1000 guesses.
 """
 
 import argparse
@@ -205,8 +208,10 @@ def main():
         print(json.dumps(result))
     else:
         print(
-            f"{result['images']:,} images, {result['captions']:,} captions, {result['dim']} wide\n\nbare product {result['product_seconds']} s ({result['gflops']} GFLOP/s), clip475 {result['clip475_seconds']} s: {result['ratio']} of it\n\n"
-            "| way | seconds | peak memory (MB) | R@1 i2t, t2i |\n| --- | ---: | ---: | --- |"
+            f"{result['images']:,} images, {result['captions']:,} captions, {result['dim']} wide\n\nbare "
+            f"product {result['product_seconds']} s ({result['gflops']} GFLOP/s), clip475 "
+            f"{result['clip475_seconds']} s: {result['ratio']} of it\n\n| way | seconds | peak memory (MB) | "
+            "R@1 i2t, t2i |\n| --- | ---: | ---: | --- |"
         )
         for way, row in result["ways"].items():
             print(

@@ -1,6 +1,7 @@
 """How many scenes one core draws in a second: python bench/scenes.py [--json]
 
-Facts and picture at 64 × 64 pixels, everything included: the first scenes pay for the drawings that later ones reuse.
+Facts and picture at 64 × 64 pixels, everything included: the first scenes pay for the drawings that later
+ones reuse.
 """
 
 import json

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Top-k of one query over many images on one core: clip475's exact index beside a plain NumPy scan and faiss's flat index; and how long opening takes.
+"""Top-k of one query over many images on one core: clip475's exact index beside a plain NumPy scan and
+faiss's flat index; and how long opening takes.
 
     python bench/search.py [--images 100000] [--dim 512] [-k 10] [--queries 20] [--json]
 
-Milliseconds are medians over the queries, after one to warm up. `answer` is `SearchIndex.search_text` as a person gets it, with
-captions and paths; `nearest` the exact rows and scores alone; `numpy` a float32 product and argpartition, near ties as they fall; `faiss`
-is skipped where faiss-cpu is not installed.
+Milliseconds are medians over the queries, after one to warm up. `answer` is `SearchIndex.search_text`
+as a person gets it, with captions and paths; `nearest` the exact rows and scores alone; `numpy` a
+float32 product and argpartition, near ties as they fall; `faiss` is skipped where faiss-cpu is not
+installed.
 """
 
 import argparse

@@ -2,13 +2,16 @@
 
 python bench/train.py [--json] [--batch 16] [--rounds 4] [--threads 2]
 
-All sides train a ResNet50 at 224 × 224 on the same photographs-sized JPEGs (640 × 480, drawn here) with the same batch size,
-in turns, step by step, so that whatever else the machine does hits all of them. Each number is the median step.
+All sides train a ResNet50 at 224 × 224 on the same photographs-sized JPEGs (640 × 480, drawn here) with
+the same batch size, in turns, step by step, so that whatever else the machine does hits all of them.
+Each number is the median step.
 (a) loop:      PIL per image in a DataLoader, fp32, the 63M text tower in every step on captions padded to 77
 (b) cached:    the same with cached text embeddings
-(c) open_clip: open_clip_torch's model, loss and transforms with timm's resnet50, text tower locked, its bf16 where we use bf16
-(d) ceiling:   our model's forward and backward on one batch that is there already, normalised; no optimizer, no data
-The DataLoader works in the main process: on two cores, worker processes would take from the arithmetic what they add.
+(c) open_clip: open_clip_torch's model, loss and transforms with timm's resnet50, text tower locked, its
+  bf16 where we use bf16
+(d) ceiling:   our model's forward and backward on one batch that is there already, normalised; no
+  optimizer, no data The DataLoader works in the main process: on two cores, worker processes would take
+from the arithmetic what they add.
 """
 
 import argparse
@@ -33,14 +36,14 @@ from clip475.data.images import pack_images
 from clip475.data.pixels import normalize
 from clip475.data.scenes import caption_scene, draw_scene, make_scene
 from clip475.models.joint import ImageEncoder, build_backbone, projection_head
+from clip475.training.batches import PreparedSplit, epoch_batches
 from clip475.training.distributed import ProcessGroup
 from clip475.training.loss import info_nce
-from clip475.training.batches import PreparedSplit, epoch_batches
 from clip475.training.steps import _set_training_mode, start_training, train_step
 
-GFLOP_PER_IMAGE = (
-    3 * 2 * 4.09
-)  # three passes (forward, and backward for inputs and weights) of ResNet50's 4.09 GMACs at 224 × 224 (He et al. 2015, table 1: 3.8 without the projections)
+# Three passes (forward, and backward for inputs and weights) of ResNet50's 4.09 GMACs at 224 × 224
+# (He et al. 2015, table 1: 3.8 without the projections).
+GFLOP_PER_IMAGE = 3 * 2 * 4.09
 
 
 def make_pictures(folder, count):
@@ -77,7 +80,8 @@ def text_tower(device):
 
 
 class Pictures(torch.utils.data.Dataset):
-    "As public solutions read pictures: PIL, resize, ToTensor, Normalize, one at a time; and the first tokens of a caption."
+    """As public solutions read pictures: PIL, resize, ToTensor, Normalize, one at a time; and the first
+    tokens of a caption."""
 
     def __init__(self, split, transform, tokens):
         self.split, self.transform, self.tokens = split, transform, tokens

@@ -1,7 +1,9 @@
-"""What the full demo knows of unseen scenes, and how well words sort them: python bench/zeroshot.py [--run DIR] [--scenes N] [--json]
+"""What the full demo knows of unseen scenes, and how well words sort them: python bench/zeroshot.py [--run
+DIR] [--scenes N] [--json]
 
-Without --run, the demo's settings are trained first into a temporary folder (about two minutes). Accuracy of eight facts beside chance,
-with 95 % intervals; four groups under several prompts; sixteen kinds with their recall; calibration under the trained temperature.
+Without --run, the demo's settings are trained first into a temporary folder (about two minutes). Accuracy
+of eight facts beside chance, with 95 % intervals; four groups under several prompts; sixteen kinds with
+their recall; calibration under the trained temperature.
 """
 
 import argparse
