@@ -99,7 +99,8 @@ def test_badge_opens_the_students_notebook(lesson):
 def test_stated_minutes_are_within_a_fifth_of_the_count(lesson):
     notebook = tool.read(lesson)
     stated = MINUTES.search(prose(notebook))
-    assert stated, f"{lesson.name} has no line like: **Reading and running:** 24 minutes · **Exercises:** …"
+    wanted = "**Reading and running:** 24 minutes · **Exercises:** …"
+    assert stated, f"{lesson.name} has no line like: {wanted}"
     counted = tool.reading_minutes(notebook)
     assert abs(int(stated[1]) - counted) <= counted / 5, (
         f"{lesson.name}: {stated[1]} stated, {counted:.1f} counted"
