@@ -17,18 +17,17 @@ import clip475.studies.freezing as experiments
 from clip475.core.files import LabError, error_message, save_tensors
 from clip475.data.scenes import _VAL_START, caption_scene
 from clip475.models.freezing import changed_tensors, snapshot
-from clip475.studies.claims import _difference, _interval, _verdict_word, grid_table, verdicts
-from clip475.studies.freezing import (
+from clip475.studies.arms import (
     ARMS,
     _all_batches,
-    _check_alike,
     _frozen_names,
+    _Log,
     _optimizer_groups,
-    _planned_runs,
     _start_run,
     _train,
-    frozen_experiment,
 )
+from clip475.studies.claims import _difference, _interval, _verdict_word, grid_table, verdicts
+from clip475.studies.freezing import _check_alike, _planned_runs, frozen_experiment
 from clip475.studies.held_out import (
     _NOVELTIES,
     _SCALES,
@@ -148,7 +147,7 @@ def test_what_is_frozen_keeps_every_bit_and_the_rest_moves(data, backbone, name)
     run = _start_run(arm, data, config)
     model = run.model
     still, before = _frozen_names(model), snapshot(model)
-    _train(run, experiments._Log())
+    _train(run, _Log())
     moved = set(changed_tensors(before, snapshot(model)))
     assert not moved & still
     trained = {n for n, p in model.named_parameters() if p.requires_grad}

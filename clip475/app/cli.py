@@ -278,7 +278,7 @@ def _download_coco2014(config: LabConfig, args: argparse.Namespace) -> tuple[dic
     from clip475.core.files import cache_dir
     from clip475.data.download import prepare_coco2014
     from clip475.data.images import _BadImages
-    from clip475.training.steps import prepare_data
+    from clip475.training.batches import prepare_data
 
     root = Path(args.root).expanduser().resolve() if args.root else cache_dir() / "coco2014"
     strict = config.replace(data=str(root), on_bad="fail")
@@ -307,7 +307,7 @@ def _split_facts(prepared: Any) -> dict[str, Any]:
 
 def _prepare(args: argparse.Namespace) -> tuple[Any, str]:
     from clip475.core.files import cache_dir
-    from clip475.training.steps import prepare_data
+    from clip475.training.batches import prepare_data
 
     start = perf_counter()
     config = _config_of(args, "coco" if args.dataset else "tiny")

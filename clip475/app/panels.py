@@ -31,7 +31,8 @@ from ..data.tokens import load_tokenizer
 from ..evaluation.zeroshot import _zero_shot
 from ..models.joint import DualEncoder, load_model
 from ..searching.index import SearchIndex, _model_encoder, _picture_of
-from ..training.steps import PreparedSplit, embed_images, prepare_data
+from ..training.batches import PreparedSplit, prepare_data
+from ..training.steps import embed_images
 
 # %% ../../nbs/lib/app/03_panels.ipynb #4c640990
 @dataclass(frozen=True, eq=False, repr=False)

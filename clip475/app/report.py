@@ -45,7 +45,8 @@ from clip475.training.distributed import (
 )
 from ..training.loss import _check_loss
 from ..training.runs import _check_run_folder, fit
-from ..training.steps import PreparedSplit, TrainState, _steps_per_epoch, embed_images, prepare_data
+from ..training.batches import PreparedSplit, _steps_per_epoch, prepare_data
+from ..training.steps import TrainState, embed_images
 
 # %% ../../nbs/lib/app/02_report.ipynb #75be8bd6
 _Results = dict[str, Any]
@@ -380,7 +381,7 @@ def run_lab(
     """Prepare, train, evaluate and report into the folder `run`; returns what results.json holds.
 
     `run=None` makes a new folder `runs/<name>-…`; `resume=True` goes on with an interrupted run. `query` is
-    searched for as well. Started by torchrun, all processes train; the first one reports and the others return
+    searched for as well. Started by torchrun, all processes train; the first reports and the others return
     None. Raises `LabError`."""
     start = perf_counter()
     _check_config(config)

@@ -39,7 +39,8 @@ from clip475.data.scenes import (
 from ..data.tokens import _token_ids, load_tokenizer
 from ..models.joint import build_backbone
 from .text_tower import _draw_all
-from ..training.steps import PreparedSplit, learning_rate_at
+from ..training.batches import PreparedSplit
+from ..training.steps import learning_rate_at
 
 # %% ../../nbs/lib/studies/02_held_out.ipynb #9b83a2a6
 _HELD_COLOUR, _HELD_KIND, _HELD_RELATIONS = "purple", "elephant", ("above", "below")
