@@ -1,4 +1,5 @@
-"One batch over several processes: the loss and gradients of one, the same run, another number on resuming, and no hang when one dies."
+"""One batch over several processes: the loss and gradients of one, the same run, another number on resuming,
+and no hang when one dies."""
 
 import json
 import os
@@ -68,7 +69,8 @@ def run(place, *command, code=0):
     return done
 
 
-# the lab's own model, frozen statistics: a batch over N processes against the same batch in one, plain and with gradient caching
+# the lab's own model, frozen statistics: a batch over N processes against the same batch in one,
+# plain and with gradient caching
 EQUAL = """
 import json, sys, torch
 from pathlib import Path
@@ -78,28 +80,54 @@ from clip475.training.batches import epoch_batches, prepare_data
 from clip475.training.steps import start_training, train_step, _set_training_mode
 
 torch.set_num_threads(1)
-base = LabConfig.from_preset("tiny", train_images=64, val_images=16, epochs=1, batch_size=32, image_size=32, precision="fp32", freeze_batchnorm=True)
+base = LabConfig.from_preset(
+    "tiny",
+    train_images=64,
+    val_images=16,
+    epochs=1,
+    batch_size=32,
+    image_size=32,
+    precision="fp32",
+    freeze_batchnorm=True,
+)
+
 
 def first_step(config, process_group):
     state = start_training(config, process_group)
-    state.optimizer.step = lambda *a, **k: None        # keep the gradients, leave the weights
+    state.optimizer.step = lambda *a, **k: None  # keep the gradients, leave the weights
     _set_training_mode(state.model, config)
     pixels, texts, rows, text_rows = next(iter(epoch_batches(train, config, 0, process_group)))
     numbers = train_step(state, pixels, texts, rows, 1e-3, config, text_rows)
     return numbers.tolist(), {n: p.grad for n, p in state.model.named_parameters() if p.grad is not None}
 
+
 found = {}
 with join_processes() as process_group:
-    with _main_process_first(process_group): train, val = prepare_data(base, progress=False)
-    for name, fields in {"plain": {}, "micro_batch": {"micro_batch": 3}, "siglip": {"loss": "siglip"}, "captions": {"loss": "multi-positive", "captions_per_image": 2}, "clipped": {"clip_grad_norm": .5}}.items():
+    with _main_process_first(process_group):
+        train, val = prepare_data(base, progress=False)
+    for name, fields in {
+        "plain": {},
+        "micro_batch": {"micro_batch": 3},
+        "siglip": {"loss": "siglip"},
+        "captions": {"loss": "multi-positive", "captions_per_image": 2},
+        "clipped": {"clip_grad_norm": 0.5},
+    }.items():
         config = base.replace(**fields)
         numbers, grads = first_step(config, process_group)
         if process_group.is_main:
-            alone, expected = first_step(config.replace(micro_batch=None), ProcessGroup(device=torch.device("cpu")))
+            alone, expected = first_step(
+                config.replace(micro_batch=None), ProcessGroup(device=torch.device("cpu"))
+            )
             largest = max(g.abs().max().item() for g in expected.values())
-            found[name] = {"same parameters": grads.keys() == expected.keys(), "loss": abs(numbers[0] - alone[0]), "norm": abs(numbers[1] - alone[1])/alone[1],
-                           "gradient": max((grads[n] - g).abs().max().item() for n, g in expected.items())/largest, "scalars": sorted(n for n in grads if n.startswith("logit"))}
-if process_group.is_main: Path(sys.argv[1]).write_text(json.dumps(found))
+            found[name] = {
+                "same parameters": grads.keys() == expected.keys(),
+                "loss": abs(numbers[0] - alone[0]),
+                "norm": abs(numbers[1] - alone[1]) / alone[1],
+                "gradient": max((grads[n] - g).abs().max().item() for n, g in expected.items()) / largest,
+                "scalars": sorted(n for n in grads if n.startswith("logit")),
+            }
+if process_group.is_main:
+    Path(sys.argv[1]).write_text(json.dumps(found))
 """
 
 
@@ -145,9 +173,23 @@ from clip475.core.config import LabConfig
 from clip475.training.distributed import join_processes
 from clip475.training.runs import fit
 from clip475.training.batches import prepare_data
+
 config = LabConfig.load("alone/config.json")
-def stop_after_one(state): raise SystemExit
-with join_processes() as process_group: fit(config, *prepare_data(config, progress=False), "half", progress=False, process_group=process_group, watch=stop_after_one)
+
+
+def stop_after_one(state):
+    raise SystemExit
+
+
+with join_processes() as process_group:
+    fit(
+        config,
+        *prepare_data(config, progress=False),
+        "half",
+        progress=False,
+        process_group=process_group,
+        watch=stop_after_one,
+    )
 """
     (place / "half.py").write_text(script)
     run(place, sys.executable, "half.py")
@@ -172,17 +214,30 @@ from clip475.training.distributed import join_processes
 from clip475.training.runs import fit
 from clip475.training.batches import prepare_data
 import clip475.training.runs as runs
+
 torch.set_num_threads(1)
-config = LabConfig.from_preset("tiny", train_images=64, val_images=16, epochs=50, batch_size=16, image_size=32)
+config = LabConfig.from_preset(
+    "tiny", train_images=64, val_images=16, epochs=50, batch_size=16, image_size=32
+)
 try:
     with join_processes(minutes=1) as process_group:
         real = runs.train_epoch
+
         def train_epoch(state, *args):
-            if state.epoch == 1 and process_group.rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+            if state.epoch == 1 and process_group.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
             return real(state, *args)
+
         runs.train_epoch = train_epoch
-        fit(config, *prepare_data(config, progress=False), "dying", progress=False, process_group=process_group)
-except LabError as e: sys.exit(f"clip475: {e}")
+        fit(
+            config,
+            *prepare_data(config, progress=False),
+            "dying",
+            progress=False,
+            process_group=process_group,
+        )
+except LabError as e:
+    sys.exit(f"clip475: {e}")
 """
     (place / "dying.py").write_text(script)
     start, joined = (

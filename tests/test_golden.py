@@ -1,8 +1,7 @@
-"""The figures of the specification, CLIP's own token ids, and the promises about the frozen tower: what must never change."""
+"""What must never change: the specification's figures, CLIP's own token ids, and the frozen tower."""
 
 import importlib.util
 import json
-import pickle
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,9 @@ from clip475.core.files import LabError, error_message
 from clip475.data.captions import CaptionSplit
 from clip475.data.tokens import (
     _END,
+    _build_clip_tokenizer,
     _builtin_text_folder,
     _read_bpe,
-    _build_clip_tokenizer,
     clean_text,
     load_tokenizer,
     tokenize,
@@ -549,7 +548,9 @@ def test_the_cache_is_read_only_when_everything_agrees(encoder, tokenizer, tmp_p
     real = text.encode_texts
     monkeypatch.setattr(text, "encode_texts", lambda *a, **k: calls.append(1) or real(*a, **k))
 
-    def embed(split=a_split(), config=TINY, encoder=encoder):
+    the_split = a_split()
+
+    def embed(split=the_split, config=TINY, encoder=encoder):
         return caption_embeddings(split, config, encoder, tokenizer, tmp_path)
 
     first = embed()

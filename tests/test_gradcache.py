@@ -19,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Tower(nn.Module):
-    "A small convolutional image tower, with everything that may go wrong: BatchNorm, dropout, a normalised output."
+    """A small convolutional image tower, with everything that may go wrong: BatchNorm, dropout, a
+    normalised output."""
 
     def __init__(self, dropout=0.0, width=8, seed=0):
         super().__init__()
@@ -176,7 +177,8 @@ def test_spectral_norm_repeats_itself():
 
 @pytest.mark.parametrize("outside", [False, True])
 def test_under_autocast(outside):
-    "Also where the whole step lies in one autocast block, whose cache would hand graph-less weights to the second pass."
+    """Also where the whole step lies in one autocast block, whose cache would hand graph-less weights to
+    the second pass."""
     tower, (x, texts) = Tower().eval(), batch(24)
     half = torch.autocast("cpu", dtype=torch.bfloat16)
 

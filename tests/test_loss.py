@@ -314,7 +314,8 @@ def test_equal_logits_of_several_captions():
 
 
 def test_siglip_starts_at_what_its_paper_says():
-    "With the bias of −10 and nothing learned, the pairs that match are nearly all of the loss: about 10 an image."
+    """With the bias of −10 and nothing learned, the pairs that match are nearly all of the loss: about 10
+    an image."""
     orthogonal = torch.eye(64)
     loss = siglip_loss(orthogonal, orthogonal.roll(1, 0), math.log(10), -10.0)
     torch.testing.assert_close(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -106,19 +105,19 @@ def test_the_backward_pass_still_runs_after_a_look():
 @pytest.mark.parametrize("policy", [p for p in POLICIES if p not in ("locked-image", "none")])
 def test_meta_weighs_the_image_tower_as_real_tensors_do(model, policy):
     with torch.device("meta"):
-        ghost = build_model(TINY, pretrained=False)
+        meta_model = build_model(TINY, pretrained=False)
+
+    def weigh(model, batch, device):
+        pixels = torch.zeros(batch, 3, 32, 32, device=device)
+        return activation_bytes(lambda: model.encode_image(pixels), model)
+
     found = []
-    for m, device in ((model, "cpu"), (ghost, "meta")):
-        apply_policy(m.train(), policy)
-        found.append(
-            [
-                activation_bytes(lambda: m.encode_image(torch.zeros(b, 3, 32, 32, device=device)), m)
-                for b in (2, 4, 6)
-            ]
-        )
-    assert (
-        found[0] == found[1] and found[0][2] - found[0][1] == found[0][1] - found[0][0] > 0
-    )  # a line: BatchNorm keeps its statistics too
+    for each, device in ((model, "cpu"), (meta_model, "meta")):
+        apply_policy(each.train(), policy)
+        found.append([weigh(each, batch, device) for batch in (2, 4, 6)])
+    small, middle, large = found[0]
+    assert found[0] == found[1]
+    assert large - middle == middle - small > 0  # a line: BatchNorm keeps its statistics too
 
 
 def test_activations_of_the_specification(specified):
@@ -177,8 +176,7 @@ def test_an_error_inside_is_passed_on_and_the_watch_stops():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_peak_on_a_gpu_is_exact():
     def two_at_once():
-        a = torch.ones(50_000_000, device="cuda")
-        b = torch.ones(50_000_000, device="cuda")
+        return [torch.ones(50_000_000, device="cuda") for _ in range(2)]
 
     assert 400e6 <= peak_bytes(two_at_once, "cuda") < 401e6
 
@@ -341,11 +339,11 @@ def test_cka_by_the_definition():
     x, y = torch.randn(20, 6, dtype=torch.float64), torch.randn(20, 4, dtype=torch.float64)
     centre = torch.eye(20, dtype=torch.float64) - 1 / 20
 
-    def hsic(k, l):
-        return (k @ centre @ l @ centre).trace()
+    def hsic(a, b):
+        return (a @ centre @ b @ centre).trace()
 
-    k, l = x @ x.T, y @ y.T
-    assert_close(_linear_cka(x, y), (hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt()).item())
+    k, m = x @ x.T, y @ y.T
+    assert_close(_linear_cka(x, y), (hsic(k, m) / (hsic(k, k) * hsic(m, m)).sqrt()).item())
 
 
 def test_similarity_drift_known_by_hand():

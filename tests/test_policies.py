@@ -1,4 +1,4 @@
-"""Freezing by name: what trains, what stays to the bit, and that applying a policy leaves no trace of the one before."""
+"""Policies: what trains, what stays to the bit, and that nothing is left of a policy applied before."""
 
 import copy
 import json
@@ -500,7 +500,7 @@ def test_a_random_backbone_where_a_checkpoint_follows(monkeypatch):
     def no_file(*args):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("clip475.models.joint._fill_backbone", no_file)
+    monkeypatch.setattr("clip475.models.joint._load_backbone_weights", no_file)
     model = build_model(
         TINY.replace(backbone="resnet18", backbone_weights="IMAGENET1K_V1"), backbone_weights=False
     )

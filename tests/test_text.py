@@ -1,4 +1,5 @@
-"Text from caption to cache: cleaning, tokens, number types, the hub, and a cache file that belongs to its split or is refused."
+"""Text from caption to cache: cleaning, tokens, number types, the hub, and a cache file that belongs to its
+split or is refused."""
 
 import html
 import json
@@ -14,7 +15,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch.testing import assert_close
 
-import clip475.core.config
 from clip475.core.config import LabConfig
 from clip475.core.files import LabError, error_message, save_tensors
 from clip475.data.captions import CaptionSplit

@@ -16,9 +16,9 @@ import clip475.training.steps as train_module
 from clip475.core.config import LabConfig
 from clip475.core.files import LabError
 from clip475.models.joint import load_model
+from clip475.training.batches import epoch_batches, prepare_data
 from clip475.training.checkpoints import _checkpoint_files, _load_checkpoint
 from clip475.training.runs import _check_run_folder, fit
-from clip475.training.batches import epoch_batches, prepare_data
 from clip475.training.steps import (
     _model_to_evaluate,
     _set_training_mode,
@@ -152,7 +152,8 @@ def test_compiling_is_asked_for_and_off_otherwise(data):
 
 
 def test_nothing_is_read_from_the_device_between_two_readings(data):
-    "The hot loop must not wait: no .item(), .tolist() or .cpu() on what a step computes, except when the log is read."
+    """The hot loop must not wait: no .item(), .tolist() or .cpu() on what a step computes, except when the
+    log is read."""
     config, reads = BASE.replace(batch_size=8), []
     state = start_training(config)
 
