@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from clip475.core.config import LabConfig
+from clip475.training.batches import prepare_data
 from clip475.training.runs import fit
-from clip475.training.steps import prepare_data, start_training
+from clip475.training.steps import start_training
 
 LESSONS = Path(__file__).resolve().parent.parent / "nbs" / "course" / "solutions"
 CONFIG = LabConfig.from_preset(
