@@ -421,7 +421,7 @@ def _compare_retrieval(results: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame
     base = next(iter(results.values()))
 
     def row(m: Mapping[str, Any]) -> dict[str, float]:
-        cells = {}
+        cells: dict[str, float] = {}
         for arrow, (way, _) in _WAYS.items():
             cells |= {f"{arrow} {key}": _percent(m[way][key]) for key in base[way]}
         if "map_at_r" in m:
@@ -439,6 +439,14 @@ _PROTOCOLS = {"1k": (1000, 5), "5k": (5000, 1)}  # images in a fold, folds
 
 def _mean(dicts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: float(np.mean([d[key] for d in dicts])) for key in dicts[0]}
+
+
+def _fold_size(fold: str | int) -> tuple[int, int | None]:
+    "How many images a fold takes, and how many folds the protocol has (None: as many as fit)."
+    if isinstance(fold, str) and fold in _PROTOCOLS:
+        return _PROTOCOLS[fold]
+    _check_k(fold)
+    return int(fold), None
 
 
 def _fold_note(fold: object, folds: int, most: int | None, left: int) -> str:
@@ -463,8 +471,7 @@ def _fold_recall(
     `fold`: `"1k"` (five folds of 1,000 images with their captions), `"5k"` (one of 5,000), or a number of
     images, of which as many folds are made as fit. `note` says in words where folds are missing or images
     are left over. Raises `LabError` where not one fold fits."""
-    size, most = _PROTOCOLS.get(fold, (fold, None))  # type: ignore[call-overload]
-    _check_k(size)
+    size, most = _fold_size(fold)
     images, texts, owner, _ = _check_sets(image_embeddings, text_embeddings, caption_image)
     fit = len(images) // size
     if not fit:

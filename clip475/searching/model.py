@@ -170,7 +170,7 @@ class ImageTextModel:
 
         `classes`: names such as "a dog"; each goes into all `templates`, whose embeddings are averaged
         (Radford et al. 2021, section 3.1.4). `images` may be embeddings `(n, D)` already."""
-        rows = images if _is_embeddings(images) else self.encode_image(images)
+        rows = cast(torch.Tensor, images) if _is_embeddings(images) else self.encode_image(images)
         length = self.config.context_length
         return _zero_shot(rows, classes, self.dual_encoder, self.tokenizer, templates, k, length)
 
