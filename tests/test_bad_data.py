@@ -1,4 +1,4 @@
-"Bad input ends in one sentence that names file and entry, and no picture ever gets another picture's caption."
+"Bad input gives one sentence that names file and entry; no picture ever gets another picture's caption."
 
 import copy
 import io
@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from clip475.core.config import LabConfig
 from clip475.core.files import LabError
@@ -24,12 +24,11 @@ from clip475.data.captions import (
     describe_split,
     load_split,
     load_splits,
-    read_captions,
 )
 from clip475.data.images import _caption_choice, batches, epoch_order, pack_images
 from clip475.data.pixels import _to_rgb, denormalize, load_image, normalize, resize_square
 
-# a small folder in COCO 2014's layout: the picture of image `id` has a colour of its own, its captions say the id
+# a small folder in COCO 2014's layout: the picture of image `id` has its own colour, its captions say the id
 
 
 def colour_of(id):

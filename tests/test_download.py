@@ -1,4 +1,4 @@
-"COCO from a server on this machine that drops, cuts, stalls and lies: what arrives is whole, and the next run goes on."
+"COCO from a server on this machine that fails: what arrives is whole, and the next run goes on."
 
 import hashlib
 import io
@@ -457,7 +457,8 @@ from clip475.core.config import LabConfig
 from clip475.data.download import _Patience, _Source, prepare_coco2014
 root, url, md5 = sys.argv[1:]
 source = _Source(url + "/annotations_trainval2014.zip", md5, url + "/{folder}/{file}", 10**5, 10**4)
-prepare_coco2014(root, LabConfig.from_preset("tiny", train_images=20, val_images=8), False, source, _Patience(workers=2))
+config = LabConfig.from_preset("tiny", train_images=20, val_images=8)
+prepare_coco2014(root, config, False, source, _Patience(workers=2))
 """
 
 

@@ -1,10 +1,9 @@
-"Pictures of every kind, packing that survives kills and bad files, caches that know what they were made from, and batches."
+"Pictures of every kind, packing that survives kills and bad files, checked caches, and batches."
 
 import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -28,19 +27,19 @@ from clip475.data.images import (
     _BadImages,
     _caption_choice,
     _caption_choices,
-    _read_square,
     _open_packed,
+    _read_square,
     pack_images,
 )
 from clip475.data.pixels import (
-    _BadImage,
+    _augmentation_grid,
     _boxes,
     _crop,
     _packed_size,
     augment,
-    _augmentation_grid,
     load_image,
     normalize,
+    preprocess,
     resize_square,
 )
 
@@ -74,6 +73,48 @@ def assert_right(packed, split, size=8):
     assert packed.shape == (len(split), size, size, 3)
     for row, id in enumerate(split.image_ids.tolist()):
         assert (packed[row] == colour_of(id)).all(), id
+
+
+# ── preprocess ──
+
+
+def test_preprocess_gives_what_packing_and_normalising_give(tmp_path):
+    paths = []
+    for i, size in enumerate([(640, 480), (300, 500), (96, 96), (50, 20)]):
+        noise = np.random.default_rng(i).integers(0, 256, (size[1] // 10, size[0] // 10, 3), dtype=np.uint8)
+        paths.append(tmp_path / f"{i}.jpg")
+        Image.fromarray(noise).resize(size).save(paths[-1])
+    expected = normalize(np.stack([_read_square(path, 224) for path in paths]))
+    assert torch.equal(preprocess(paths), expected) and expected.shape == (4, 3, 224, 224)
+    assert torch.equal(preprocess(str(paths[0])), expected[:1])
+    assert torch.equal(preprocess([load_image(path, 224) for path in paths]), expected)
+
+
+def test_preprocess_takes_size_mean_and_std():
+    grey = Image.new("RGB", (40, 30), (51, 102, 204))
+    x = preprocess(grey, size=16, mean=(0, 0, 0), std=(1, 1, 1))
+    assert x.shape == (1, 3, 16, 16) and x.dtype == torch.float32
+    torch.testing.assert_close(x[0, :, 3, 5], torch.tensor([0.2, 0.4, 0.8]))
+
+
+def test_preprocess_turns_and_converts_pil_images(tmp_path):
+    half = Image.new("RGB", (64, 32), "white")
+    half.paste("black", (0, 0, 32, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90°
+    half.save(tmp_path / "turned.png", exif=exif)
+    upright = preprocess(tmp_path / "turned.png", 32)
+    assert torch.equal(preprocess(Image.open(tmp_path / "turned.png"), 32), upright)
+    assert (upright[0, :, 2] < upright[0, :, -3]).all()  # black is above white
+    transparent = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    assert torch.equal(preprocess(transparent, 8), preprocess(Image.new("RGB", (8, 8), "white"), 8))
+
+
+def test_preprocess_names_a_broken_file(tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"<html>")
+    assert "bad.jpg" in refusal(preprocess, [tmp_path / "bad.jpg"])
+    assert "bad.jpg" in refusal(preprocess, str(tmp_path / "bad.jpg"))
+    assert "no images" in refusal(preprocess, [])
 
 
 @pytest.fixture
@@ -383,7 +424,8 @@ import test_images, clip475.data.images as images
 real = images._read_square
 images._read_square = lambda path, size: (time.sleep(.01), real(path, size))[1]
 images._cores = lambda: 2
-images.pack_images(test_images._make_split(Path({pictures!r}), range(1, 301), make=False), 8, {cache!r}, progress=False)
+split = test_images._make_split(Path({pictures!r}), range(1, 301), make=False)
+images.pack_images(split, 8, {cache!r}, progress=False)
 """
 
 

@@ -1,4 +1,4 @@
-"Five layouts, one truth: whatever happens to a folder, a picture keeps its own words, and no picture is in two splits."
+"Five layouts: a picture always keeps its own captions, and no picture is in two splits."
 
 import csv
 import io
@@ -510,7 +510,9 @@ def test_flickr_oddities(tmp_path):
     root = write_layout(tmp_path / "data", "flickr8k", truth([1]))
     put(root / "Images", [2, 3])
     (root / "captions.txt").write_text(
-        '\ufeffimage,caption\r\n001.jpg,"A sign, ""stop"" , red ."\r\n002.jpg,A dog , a cat , both asleep .\r\n\r\n003.jpg,"Hello" says a man, "bye" she said "\r\n'
+        '\ufeffimage,caption\r\n001.jpg,"A sign, ""stop"" , red ."\r\n'
+        "002.jpg,A dog , a cat , both asleep .\r\n\r\n"
+        '003.jpg,"Hello" says a man, "bye" she said "\r\n'
         '002.jpg,"unfinished\r\nghost.jpg.1,nobody\r\n',
         encoding="utf-8",
     )

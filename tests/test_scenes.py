@@ -31,7 +31,7 @@ from clip475.data.scenes import (
     write_scenes,
 )
 
-# What seed 42 draws and says, on any machine: the digest of facts and captions of scenes 0…99, and of their pixels.
+# Seed 42 on any machine: the digest of facts and captions of scenes 0…99, and of their pixels.
 WORDS = "6945c36a3a5e9b4a"
 TESTED_PILLOW = "13.0.0"  # as in constraints.txt
 PIXELS = "b6f27f1037d11078"
