@@ -21,7 +21,7 @@ import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import CLIPTokenizer
 
 from ..core.config import LabConfig
 from ..core.figures import _HIT, _MISS, PALETTE, plot_bars, plot_gallery
@@ -42,7 +42,7 @@ class _Lab:
 
     model: DualEncoder
     config: LabConfig
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: CLIPTokenizer
     val: PreparedSplit
     index: SearchIndex
 

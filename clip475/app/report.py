@@ -36,6 +36,7 @@ from ..models.joint import DualEncoder, build_backbone, load_model, parameter_ta
 from ..models.tables import _markdown_table
 from ..models.text import known_token_share, load_text_encoder
 from ..searching.index import Encoder, SearchIndex, _model_encoder
+from ..training.batches import PreparedSplit, _steps_per_epoch, prepare_data
 from clip475.training.distributed import (
     ProcessGroup,
     _broadcast_from_main,
@@ -45,7 +46,6 @@ from clip475.training.distributed import (
 )
 from ..training.loss import _check_loss
 from ..training.runs import _check_run_folder, fit
-from ..training.batches import PreparedSplit, _steps_per_epoch, prepare_data
 from ..training.steps import TrainState, embed_images
 
 # %% ../../nbs/lib/app/02_report.ipynb #75be8bd6

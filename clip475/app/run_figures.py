@@ -29,8 +29,8 @@ from ..data.pixels import load_image
 from ..evaluation.mistakes import _RULES
 from ..evaluation.retrieval import top_k
 from ..searching.index import SearchIndex
-from ..training.runs import run_figure
 from ..training.batches import PreparedSplit
+from ..training.runs import run_figure
 
 # %% ../../nbs/lib/app/01_run_figures.ipynb #00fbef52
 def _examples(first_is_right: Sequence[bool], seed: int, each: int = 2) -> list[int]:

@@ -7,7 +7,7 @@ __all__ = ['ARMS']
 
 # %% ../../nbs/lib/studies/03_arms.ipynb #78d0b849
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 from time import perf_counter
@@ -33,6 +33,7 @@ from clip475.studies.held_out import (
     _probe_captions,
     _questions,
 )
+from ..training.batches import _steps_per_epoch, epoch_batches
 from ..training.distributed import ProcessGroup
 from ..training.loss import batch_loss, clamp_logit_scale_
 from clip475.training.meters import (
@@ -42,7 +43,6 @@ from clip475.training.meters import (
     _weight_drift,
     activation_bytes,
 )
-from ..training.batches import _steps_per_epoch, epoch_batches
 from ..training.steps import embed_images, learning_rate_at
 
 # %% ../../nbs/lib/studies/03_arms.ipynb #301342be
@@ -124,7 +124,7 @@ def _optimizer_groups(run: _Run) -> list[dict[str, Any]]:
     return groups
 
 # %% ../../nbs/lib/studies/03_arms.ipynb #fbfe6893
-def _encode_tokens(run: _Run, token_lists: list[list[int]]) -> torch.Tensor:
+def _encode_tokens(run: _Run, token_lists: Sequence[torch.Tensor]) -> torch.Tensor:
     "Embeddings (B, D) of captions given as token ids; with gradients where the text encoder trains."
     tokens = _pad_tokens(token_lists, run.data.tokenizer.pad_token_id)
     if run.arm.normalised:
@@ -299,8 +299,10 @@ def _train_steps(run: _Run, optimizer: torch.optim.Optimizer, log: _Log) -> None
         loss = _step(run, optimizer, batch, lookup, learning_rate_at(step, total, run.config))
         log.add_step(loss, run.model, perf_counter() - started, batch[1])
         if measured:
-            after = _encode_captions(run, probes) if watched else None
-            log.points[-1]["movement"] = 1 - _embedding_drift(before, after) if watched else 0.0
+            movement = 0.0
+            if before is not None:
+                movement = 1 - _embedding_drift(before, _encode_captions(run, probes))
+            log.points[-1]["movement"] = movement
         if not np.isfinite(loss):
             break
 

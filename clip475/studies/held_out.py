@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import CLIPTokenizer
 
 from ..core.config import LabConfig
 from ..core.devices import autocast, seed_everything
@@ -138,8 +138,8 @@ class _ExperimentData:
     split: CaptionSplit  # images and captions of the gallery
     group: np.ndarray  # (N,) the name from _NOVELTIES of each picture
     caption_novelty: list[set[str]]  # (M,) what is new in each caption
-    tokenizer: PreTrainedTokenizerBase
-    train_tokens: list[list[int]]  # token ids of the training captions
+    tokenizer: CLIPTokenizer
+    train_tokens: list[torch.Tensor]  # token ids of the training captions
     text_cache: dict = field(default_factory=dict)  # embeddings by frozen text encoders
 
     @property
