@@ -14,8 +14,10 @@ from clip475.core.files import error_message
 from clip475.evaluation.space import (
     _cluster_order,
     _gap_vector,
+    _hubness,
     _keep_embeddings,
     _nearest_others,
+    _neighbour_overlap,
     _neighbour_rows,
     _plot_ordered,
     _plot_strip,
@@ -23,9 +25,7 @@ from clip475.evaluation.space import (
     _spread_out,
     _uniform_value,
     alignment,
-    hubness,
     modality_gap,
-    neighbour_overlap,
     plot_map,
     project,
     separability,
@@ -33,8 +33,8 @@ from clip475.evaluation.space import (
     space_measures,
     uniformity,
 )
-from clip475.training.runs import fit
 from clip475.training.batches import prepare_data
+from clip475.training.runs import fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -231,10 +231,10 @@ def test_a_planted_hub_is_found():
     queries = random_unit(100, 64)
     hub = F.normalize(queries.mean(0, keepdim=True), dim=1)
     gallery = torch.cat([random_unit(60, 64, seed=5), hub])
-    counts, skew = hubness(queries, gallery, 5)
+    counts, skew = _hubness(queries, gallery, 5)
     assert counts.sum() == 500 and counts.argmax() == 60
-    assert skew > hubness(queries, gallery[:60], 5)[1] + 1
-    error_message("gallery", hubness, queries, gallery, 62)
+    assert skew > _hubness(queries, gallery[:60], 5)[1] + 1
+    error_message("gallery", _hubness, queries, gallery, 62)
 
 
 # neighbours
@@ -258,13 +258,13 @@ def test_many_twins_leave_out_the_row_itself():
 def test_overlap_of_known_spaces():
     rows = random_unit(60, 16)
     turn = torch.linalg.qr(normal(16, 16).double())[0]
-    assert neighbour_overlap(rows, rows @ turn, 7).eq(1).all()
-    shuffled = neighbour_overlap(rows, random_unit(60, 16, seed=9), 7).mean()
+    assert _neighbour_overlap(rows, rows @ turn, 7).eq(1).all()
+    shuffled = _neighbour_overlap(rows, random_unit(60, 16, seed=9), 7).mean()
     assert shuffled.item() == pytest.approx(7 / 59, abs=0.06)
-    assert neighbour_overlap(rows, random_unit(60, 16, seed=9), 59).eq(1).all()  # all others are neighbours
+    assert _neighbour_overlap(rows, random_unit(60, 16, seed=9), 59).eq(1).all()  # all others are neighbours
     for k in (0, 60, True, 2.0):
         error_message("59 others", _nearest_others, rows, k)
-    error_message("one text row per image", neighbour_overlap, rows, rows[:9])
+    error_message("one text row per image", _neighbour_overlap, rows, rows[:9])
 
 
 def test_neighbour_rows_mark_what_both_lists_hold():

@@ -17,13 +17,13 @@ from clip475.core.config import LabConfig
 from clip475.core.files import LabError
 from clip475.data.tokens import load_tokenizer
 from clip475.evaluation.mistakes import (
+    _better_elsewhere,
+    _confident_mistakes,
+    _hubs,
     _k_occurrence,
     _skewness,
-    better_elsewhere,
-    confident_mistakes,
-    hubs,
+    _worst_ranks,
     mistake_numbers,
-    worst_ranks,
 )
 from clip475.evaluation.retrieval import top_k
 from clip475.models.joint import build_model
@@ -358,26 +358,26 @@ def test_mistakes_follow_their_rules(index):
     rank = (scores > own).sum(1) + 1
     assert [
         f"[rank {r} of {N}]" in row.query
-        for r, row in zip(rank.sort(descending=True).values.tolist(), worst_ranks(index, n=4))
+        for r, row in zip(rank.sort(descending=True).values.tolist(), _worst_ranks(index, n=4))
     ] == [True] * 4
     margin = (scores.amax(1) - own[:, 0]).max()
-    first = confident_mistakes(index, n=1)[0]
+    first = _confident_mistakes(index, n=1)[0]
     assert first.scores[0] - first.scores[-1] == pytest.approx(margin.item(), abs=1e-5) and first.hits == [
         False
     ] * 4 + [True]
-    for row in better_elsewhere(index, n=3):
+    for row in _better_elsewhere(index, n=3):
         assert row.scores[1] > row.scores[0] and row.hits == [True, False]
     counts = _k_occurrence(index, 5)
     assert (
         counts.equal(torch.bincount(scores.topk(5).indices.flatten(), minlength=N))
-        and len(hubs(index, n=3)) == 3
+        and len(_hubs(index, n=3)) == 3
     )
     assert _skewness(counts) == pytest.approx(pd.Series(counts.numpy()).skew(), rel=0.1)
 
 
 def test_a_perfect_model_makes_no_mistakes():
     perfect = SearchIndex.build(torch.eye(4), [""] * 4, range(4), torch.eye(4), list("abcd"), range(4))
-    assert confident_mistakes(perfect) == better_elsewhere(perfect) == []
+    assert _confident_mistakes(perfect) == _better_elsewhere(perfect) == []
     assert mistake_numbers(perfect) == {
         "first_is_wrong": 0,
         "better_elsewhere": 0,

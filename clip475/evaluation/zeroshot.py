@@ -271,7 +271,7 @@ def plot_intervals(
         means, at, xerr=bars, fmt="o", color=PALETTE["blue"], capsize=3, label="accuracy, 95 % interval"
     )
     if chance:
-        ticks = {"color": PALETTE["vermillion"], "markersize": 14, "markeredgewidth": 2.5}
+        ticks: dict[str, Any] = {"color": PALETTE["vermillion"], "markersize": 14, "markeredgewidth": 2.5}
         ax.plot([chance[name] for name in rows], at, "|", label="chance", **ticks)
     for y, mean in zip(at, means, strict=True):
         ax.annotate(f"{mean:.0%}", (mean, y), (0, 6), textcoords="offset points", ha="center", fontsize=8)
@@ -424,8 +424,9 @@ def _probe(
     wins = _true_wins(image_embeddings[rows], captions, encoder, tokenizer, context_length)
     accuracy, low, high = mean_interval(wins)
     chance = 1 / len(captions[0])
-    counts = {"pictures": len(rows), "captions": len(captions[0]), "chance": chance}
-    return {"fact": fact} | counts | {"accuracy": accuracy, "low": low, "high": high}
+    counts: dict[str, object] = {"pictures": len(rows), "captions": len(captions[0]), "chance": chance}
+    found: dict[str, object] = {"fact": fact, **counts, "accuracy": accuracy, "low": low, "high": high}
+    return found
 
 
 def scene_probes(
