@@ -22,7 +22,8 @@ from ..core.config import LabConfig
 from ..core.files import LabError, cache_dir, fingerprint, write_text
 from ..models.joint import DualEncoder, load_model
 from ..training.runs import fit
-from ..training.steps import PreparedSplit, embed_images, prepare_data
+from ..training.batches import PreparedSplit, prepare_data
+from ..training.steps import embed_images
 
 # %% ../../nbs/lib/app/09_course.ipynb #0617f7fe
 _REPOSITORY = "https://github.com/clip475/clip475/blob/main"
