@@ -17,8 +17,8 @@ __version__ = "0.1.0"
 
 if sys.version_info < (3, 11):  # noqa: UP036
     raise ImportError(
-        "clip475 needs Python 3.11 or newer and this is Python %d.%d: "
-        "install a newer one and make a new environment with it"  # noqa: UP031
+        "clip475 needs Python 3.11 or newer and this is Python %d.%d: "  # noqa: UP031
+        "install a newer one and make a new environment with it"
         % sys.version_info[:2]
     )
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .app.checks import check as check
     from .core.config import LabConfig as LabConfig
     from .core.files import LabError as LabError
+    from .data.pixels import preprocess as preprocess
     from .evaluation.retrieval import recall_at_k as recall_at_k
     from .models.freezing import freeze as freeze
     from .searching.folder import search as search
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 _FRONT_DOOR = {
     "load": ("searching.model", "load"),
     "ImageTextModel": ("searching.model", "ImageTextModel"),
+    "preprocess": ("data.pixels", "preprocess"),
     "encode_image": ("searching.model", "encode_image"),
     "encode_text": ("searching.model", "encode_text"),
     "similarity": ("searching.model", "similarity"),

@@ -142,6 +142,12 @@ def test_an_image_that_lies_on_its_side_is_turned(model, tmp_path):
         torch.testing.assert_close(model.encode_image(opened)[0], a)
 
 
+def test_preprocess_without_a_model_gives_the_same(model, scenes):
+    c = model.config
+    found = clip475.preprocess(scenes.image_paths[:3], c.image_size, c.image_mean, c.image_std)
+    assert found.equal(model.preprocess(scenes.image_paths[:3]))
+
+
 def test_more_images_than_a_batch(model, scenes, monkeypatch):
     expected = model.encode_image(scenes.image_paths)
     monkeypatch.setattr(model_module, "_BATCH", 7)

@@ -1,8 +1,8 @@
-"""The search index: answers against a sort, the folder against its manifest, and one clear sentence for each bad question."""
+"""The search index: answers against a sort, the folder against its manifest, and one clear sentence for
+each bad question."""
 
 import io
 import json
-import sys
 
 import numpy as np
 import pandas as pd
@@ -104,7 +104,9 @@ def test_what_was_built_is_what_is_opened(index, folder):
 
 
 def test_the_layout_is_clip_retrievals(folder):
-    "Row r of either array is described by row r of the table, in files of these names; plain NumPy and pandas read them."
+    """Row r of either array is described by row r of the table, in files of these names.
+
+    Plain NumPy and pandas read them."""
     images, texts, table = (
         np.load(folder / "img_emb" / "img_emb_0.npy"),
         np.load(folder / "text_emb" / "text_emb_0.npy"),

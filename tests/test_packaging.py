@@ -73,6 +73,15 @@ def test_import_loads_nothing_heavy():
     assert loaded.stdout.strip() == "[]"
 
 
+def test_names_of_the_front_door_load_nothing_before_they_are_used():
+    "All names are listed, and listing them imports no module of the package."
+    run = python(
+        "import sys, clip475; names = [n for n in dir(clip475) if n in clip475.__all__]; "
+        "print(len(names) == len(clip475.__all__), sorted(m for m in sys.modules if m.startswith('clip475')))"
+    )
+    assert run.stdout.strip() == "True ['clip475']", run.stderr
+
+
 def test_core_does_not_load_torch_either():
     loaded = python(f"import sys, clip475.core.config; print([m for m in {HEAVY} if m in sys.modules])")
     assert loaded.stdout.strip() == "[]", loaded.stderr

@@ -1,4 +1,5 @@
-"Probes: the first caption true and the others false by an oracle that shares no code with them, and every accuracy found again by loops."
+"""Probes: the first caption true and the others false by an oracle that shares no code with them, and every
+accuracy found again by loops."""
 
 import numpy as np
 import pytest

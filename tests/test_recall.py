@@ -1,8 +1,7 @@
 """Recall@K against judges that share no code with it.
 
-The main one reads the definition in exact arithmetic: embeddings of small whole numbers, cosines compared as fractions,
-so that every tie is a tie. Small numbers make ties the rule, not the exception.
-"""
+The main one reads the definition in exact arithmetic: embeddings of small whole numbers, cosines compared
+as fractions, so that every tie is a tie. Small numbers make ties the rule, not the exception."""
 
 import itertools
 import json
@@ -20,16 +19,16 @@ from hypothesis import strategies as st
 from clip475.core.files import LabError
 from clip475.evaluation.ranks import _cosine_blocks
 from clip475.evaluation.retrieval import (
-    _fold_recall,
     _average_precision,
+    _compare_retrieval,
+    _fold_recall,
+    _recall_from_ranks,
     bootstrap_interval,
     caption_means,
     chance_recall,
-    _compare_retrieval,
     evaluate_retrieval,
     fit_linear_map,
     ranks,
-    _recall_from_ranks,
     retrieval_table,
     top_k,
 )
@@ -56,7 +55,9 @@ def noisy(noise=0.8, dim=16, owner=COCO_LIKE, seed=0):
 
 
 def closeness(query, item):
-    "Orders items as their cosine with `query` does: sign(p)·p²/|item|², the query's own length being the same for all."
+    """Orders items as their cosine with `query` does.
+
+    Sign(p)·p²/|item|², the query's own length being the same for all."""
     p, length = sum(a * b for a, b in zip(query, item)), sum(b * b for b in item)
     return Fraction(p * abs(p), length) if length and any(query) else Fraction(0)
 
@@ -141,7 +142,9 @@ def test_search_is_the_definition_on_tied_data(gallery, k):
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), noise=st.floats(0, 5), dim=st.sampled_from([8, 16, 64]))
 def test_recall_of_real_numbers(seed, noise, dim):
-    "Against NumPy's argsort; in so many dimensions no two cosines lie within 2⁻²⁴, where they would count as a tie."
+    """Against NumPy's argsort.
+
+    In so many dimensions no two cosines lie within 2⁻²⁴, where they would count as a tie."""
     images, texts, owner = noisy(noise, dim, seed=seed)
     scores = images.double().numpy() @ texts.double().numpy().T  # (N, M)
     places, owners = np.argsort(-scores, axis=1, kind="stable"), owner.numpy()
@@ -156,7 +159,8 @@ def test_recall_of_real_numbers(seed, noise, dim):
 @pytest.mark.parametrize("copies", [1, 3, 50, 333])
 @pytest.mark.parametrize("dim", [17, 512])
 def test_copies_tie_exactly_wherever_they_stand(copies, dim):
-    "Another image's word-for-word copies of the right caption all stand before it, in float32 as well as in half precision."
+    """Another image's word-for-word copies of the right caption all stand before it, in float32 as well as
+    in half precision."""
     generator = torch.Generator().manual_seed(copies)
     image, other = F.normalize(torch.randn(2, dim, generator=generator), dim=-1)
     caption = F.normalize(image + torch.randn(dim, generator=generator), dim=-1)
@@ -287,9 +291,8 @@ def test_both_directions_count_the_same_matrix():
         metrics = evaluate_retrieval(images, texts, owner, bootstrap=0)
         i2t, precision = by_definition(images, texts, rows, owner)
         t2i, _ = by_definition(texts, images, owner, rows)
-        assert metrics["i2t"] == {f"R@{k}": _recall_from_ranks(i2t, k) for k in (1, 5, 10)} and metrics["t2i"] == {
-            f"R@{k}": _recall_from_ranks(t2i, k) for k in (1, 5, 10)
-        }
+        for way, found in (("i2t", i2t), ("t2i", t2i)):
+            assert metrics[way] == {f"R@{k}": _recall_from_ranks(found, k) for k in (1, 5, 10)}
         assert metrics["map_at_r"]["i2t"] == pytest.approx(precision.mean().item(), abs=1e-12)
 
 
@@ -310,7 +313,9 @@ def test_quick_arithmetic_ignores_reduced_precision():
 
 
 def settled(images, texts, owner):
-    "Scores as whole numbers, ties settled against the model beforehand: (N, M) float32, no right item equal to a wrong one."
+    """Scores as whole numbers, ties settled against the model beforehand.
+
+    (N, M) float32, no right item equal to a wrong one."""
     scores = (
         torch.cat([scores for _, scores in _cosine_blocks(images, texts)]).double() * 2**25
         - (torch.arange(len(images))[:, None] == owner).double()
@@ -334,7 +339,8 @@ def test_torchmetrics_agrees():
                 assert metrics[way][f"R@{k}"] == sum(
                     functional.retrieval_hit_rate(a, b, top_k=k).item() for a, b in zip(s, r)
                 ) / len(s)
-            # its average precision is over the hits among the first R, ours over R: the share of hits there is its recall
+            # its average precision is over the hits among the first R, ours over R:
+            # the share of hits there is its recall
             found = [
                 (
                     functional.retrieval_average_precision(a, b, top_k=n)
@@ -347,7 +353,8 @@ def test_torchmetrics_agrees():
 
 
 def test_clip_benchmark_agrees():
-    "On raw scores where none are tied, since its topk settles ties by position, and on tied data once the ties are settled."
+    """On raw scores where none are tied, since its topk settles ties by position, and on tied data once the
+    ties are settled."""
     judge = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval").recall_at_k
     for images, texts, owner in judged_sets():
         right, metrics = (
@@ -539,25 +546,25 @@ def damaged(tensor, row, value):
     return tensor
 
 
-I, T, C = noisy()
+IMAGES, TEXTS, OWNERS = noisy()
 
 
 @pytest.mark.parametrize(
     "args, text",
     [
-        ((damaged(I, 7, math.nan), T, C), "image_embeddings: row 7 holds NaN"),
-        ((I, damaged(T, 170, math.inf), C), "text_embeddings: row 170 holds NaN or infinity"),
-        ((I[:, :8], T, C), "same model"),
-        ((I, T, C[:-1]), "each of the 180 rows"),
-        ((I, T[:-1], C), "each of the 179 rows"),
-        ((I, T, C.float()), "whole number"),
-        ((I[:-1], T, C), "caption 173 belongs to image row 29"),
-        ((I, T, C - 1), "caption 0 belongs to image row -1"),
-        ((I, T, C.clamp(max=28)), "image row 29 has no caption"),
-        ((I[0], T, C), r"shape \(16,\)"),
-        ((I[:0], T, C), r"shape \(0, 16\)"),
-        ((I, T, C, (1, 0)), "at least 1"),
-        ((I, T, C, (1.5,)), "at least 1"),
+        ((damaged(IMAGES, 7, math.nan), TEXTS, OWNERS), "image_embeddings: row 7 holds NaN"),
+        ((IMAGES, damaged(TEXTS, 170, math.inf), OWNERS), "text_embeddings: row 170 holds NaN or infinity"),
+        ((IMAGES[:, :8], TEXTS, OWNERS), "same model"),
+        ((IMAGES, TEXTS, OWNERS[:-1]), "each of the 180 rows"),
+        ((IMAGES, TEXTS[:-1], OWNERS), "each of the 179 rows"),
+        ((IMAGES, TEXTS, OWNERS.float()), "whole number"),
+        ((IMAGES[:-1], TEXTS, OWNERS), "caption 173 belongs to image row 29"),
+        ((IMAGES, TEXTS, OWNERS - 1), "caption 0 belongs to image row -1"),
+        ((IMAGES, TEXTS, OWNERS.clamp(max=28)), "image row 29 has no caption"),
+        ((IMAGES[0], TEXTS, OWNERS), r"shape \(16,\)"),
+        ((IMAGES[:0], TEXTS, OWNERS), r"shape \(0, 16\)"),
+        ((IMAGES, TEXTS, OWNERS, (1, 0)), "at least 1"),
+        ((IMAGES, TEXTS, OWNERS, (1.5,)), "at least 1"),
     ],
 )
 def test_evaluation_refuses(args, text):
@@ -568,11 +575,11 @@ def test_evaluation_refuses(args, text):
 @pytest.mark.parametrize(
     "args, text",
     [
-        ((T, I, 31), "k of at most 30"),
-        ((T, I, 0), "at least 1"),
-        ((T[0], I, 5), r"x\[None\]"),
-        ((T[:, :8], I, 5), "same model"),
-        ((damaged(T, 0, math.nan), I, 5), "query_embeddings: row 0"),
+        ((TEXTS, IMAGES, 31), "k of at most 30"),
+        ((TEXTS, IMAGES, 0), "at least 1"),
+        ((TEXTS[0], IMAGES, 5), r"x\[None\]"),
+        ((TEXTS[:, :8], IMAGES, 5), "same model"),
+        ((damaged(TEXTS, 0, math.nan), IMAGES, 5), "query_embeddings: row 0"),
     ],
 )
 def test_search_refuses(args, text):
@@ -582,4 +589,4 @@ def test_search_refuses(args, text):
 
 def test_ranks_refuse_a_question_without_an_answer():
     with pytest.raises(LabError, match="query 1 .label 99. has no right answer"):
-        ranks(I[:2], I, [0, 99], range(30))
+        ranks(IMAGES[:2], IMAGES, [0, 99], range(30))

@@ -13,12 +13,12 @@ from clip475.data.tokens import load_tokenizer
 from clip475.evaluation.zeroshot import (
     TEMPLATES,
     _per_class_recall,
+    _zero_shot,
     calibration,
     class_embeddings,
     classify,
     confusion_matrix,
     mean_interval,
-    _zero_shot,
 )
 from clip475.models.text import encode_texts, load_text_encoder
 
@@ -51,7 +51,9 @@ def test_the_average_of_templates_is_a_unit_vector_again(tower):
 
 
 def test_without_the_last_normalisation_a_class_would_lose(tower):
-    "Two classes that a picture likes equally: the one whose templates disagree scores lower if its mean is left short."
+    """Two classes that a picture likes equally.
+
+    The one whose templates disagree scores lower if its mean is left short."""
     templates = ["{}", "{} in the snow at night under the moon with two green elephants"]
     texts = [encode_texts([t.replace("{}", "a dog") for t in templates], *tower).mean(0)]
     assert texts[0].norm() < 0.99
@@ -183,7 +185,7 @@ def test_zero_shot_is_the_two_steps_in_one(tower):
     images, names = random_unit(6, 512), ["a dog", "a cat", "a bus"]
     found = _zero_shot(images, names, model, tower[1])
     probabilities, labels = classify(images, class_embeddings(names, *tower), 2.6, 3)
-    assert [[n for n, _ in row] for row in found] == [[names[l] for l in row] for row in labels.tolist()]
+    assert [[n for n, _ in row] for row in found] == [[names[c] for c in row] for row in labels.tolist()]
     assert (
         found[2][0][1] == pytest.approx(probabilities[2, 0].item())
         and len(_zero_shot(images, names, model, tower[1], k=1)[0]) == 1
