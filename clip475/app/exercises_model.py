@@ -71,28 +71,29 @@ def _try_head(head_class: Callable, in_features: int, hidden: int, out_features:
     }
 
 # %% ../../nbs/lib/app/07_exercises_model.ipynb #0a4e4f25
+_HEAD_MISTAKES: dict[str, Callable] = {
+    "The rows do not have length 1. Divide each row by its length at the end: `F.normalize(x, "
+    "dim=-1)`.": partial(_Head, length_dim=None),
+    "It looks as if you normalised over the batch (`dim=0`). Each row is one image, so divide along "
+    "the last dimension: `F.normalize(x, dim=-1)`.": partial(_Head, length_dim=0),
+    "It looks as if you used ReLU. The specification asks for GELU: `nn.GELU()`.": partial(
+        _Head, activation=F.relu
+    ),
+    "It looks as if there is no GELU between the two linear layers. Without it they are one linear "
+    "map.": partial(_Head, activation=nn.Identity()),
+    "It looks as if a GELU follows the second layer, too. Only the first layer has one: an "
+    "embedding needs negative numbers as much as positive ones.": partial(_Head, last=nn.GELU()),
+    "The linear layers have no bias. Leave out `bias=False`.": partial(_Head, bias=False),
+}
+
+# %% ../../nbs/lib/app/07_exercises_model.ipynb #5d714eb4
 register(
     Exercise(
         name="ProjectionHead",
         lesson="3.1",
         reference=_ProjectionHead,
         cases=[Case("8 features, 6 hidden, 4 out", 8, 6, 4), Case("5 features, 12 hidden, 3 out", 5, 12, 3)],
-        mistakes={
-            "The rows do not have length 1. Divide each row by its length at the end: "
-            "`F.normalize(x, dim=-1)`.": partial(_Head, length_dim=None),
-            "It looks as if you normalised over the batch (`dim=0`). Each row is one image, so "
-            "divide along the last "
-            "dimension: `F.normalize(x, dim=-1)`.": partial(_Head, length_dim=0),
-            "It looks as if you used ReLU. The specification asks for GELU: `nn.GELU()`.": partial(
-                _Head, activation=F.relu
-            ),
-            "It looks as if there is no GELU between the two linear layers. Without it they are one "
-            "linear map.": partial(_Head, activation=nn.Identity()),
-            "It looks as if a GELU follows the second layer, too. Only the first layer has one: an "
-            "embedding needs "
-            "negative numbers as much as positive ones.": partial(_Head, last=nn.GELU()),
-            "The linear layers have no bias. Leave out `bias=False`.": partial(_Head, bias=False),
-        },
+        mistakes=_HEAD_MISTAKES,
         hint=(
             "Make `nn.Linear`, `nn.GELU` and `nn.Linear` in `__init__`; in `forward`, use them one "
             "after the other and normalise."
@@ -137,38 +138,37 @@ def _counting_cases() -> list[Case]:
     ]
 
 # %% ../../nbs/lib/app/07_exercises_model.ipynb #4a99e43d
+_COUNTING_MISTAKES: dict[str, Callable] = {
+    "It looks as if you counted tensors. Add up how many numbers each one holds: "
+    "`p.numel()`.": _count_tensors,
+    "It looks as if you counted `state_dict()`. It also holds buffers, such as the running "
+    "statistics of BatchNorm, and its tensors never require a gradient. Use "
+    "`model.parameters()`.": lambda m: _count(list(m.state_dict().values())),
+    "It looks as if you did not look into inner modules. `model.parameters()` does that for "
+    "you.": _count_outermost,
+    "It looks as if a tensor that two layers share was counted twice. `model.parameters()` gives it "
+    "once.": _count_twice,
+    "Your total holds only what is trained. The first number counts the frozen parameters, too.": lambda m: (
+        _count_parameters(m)[1],
+        _count_parameters(m)[1],
+    ),
+    "The two numbers are swapped: first the total, then the trained ones.": lambda m: _count_parameters(m)[
+        ::-1
+    ],
+    "Your second number counts the frozen parameters. Count those with `requires_grad` instead.": lambda m: (
+        _count_parameters(m)[0],
+        _count_parameters(m)[0] - _count_parameters(m)[1],
+    ),
+}
+
+# %% ../../nbs/lib/app/07_exercises_model.ipynb #ab95a479
 register(
     Exercise(
         name="count_parameters",
         lesson="3.2",
         reference=_count_parameters,
         cases=_counting_cases,
-        mistakes={
-            "It looks as if you counted tensors. Add up how many numbers each one holds: "
-            "`p.numel()`.": _count_tensors,
-            "It looks as if you counted `state_dict()`. It also holds buffers, such as the running "
-            "statistics of BatchNorm, and "
-            "its tensors never require a gradient. Use `model.parameters()`.": lambda m: _count(
-                list(m.state_dict().values())
-            ),
-            "It looks as if you did not look into inner modules. `model.parameters()` does that for "
-            "you.": _count_outermost,
-            "It looks as if a tensor that two layers share was counted twice. `model.parameters()` "
-            "gives it once.": _count_twice,
-            "Your total holds only what is trained. The first number counts the frozen parameters, "
-            "too.": lambda m: (
-                _count_parameters(m)[1],
-                _count_parameters(m)[1],
-            ),
-            "The two numbers are swapped: first the total, then the trained ones.": lambda m: (
-                _count_parameters(m)[::-1]
-            ),
-            "Your second number counts the frozen parameters. Count those with `requires_grad` "
-            "instead.": lambda m: (
-                _count_parameters(m)[0],
-                _count_parameters(m)[0] - _count_parameters(m)[1],
-            ),
-        },
+        mistakes=_COUNTING_MISTAKES,
         hint=(
             "Add up `p.numel()` over `model.parameters()`, once for all and once for those with "
             "`p.requires_grad`."
@@ -233,6 +233,24 @@ def _without_return(module: nn.Module) -> None:
     freeze(module)
 
 # %% ../../nbs/lib/app/07_exercises_model.ipynb #2a33c2ef
+_FREEZING_MISTAKES: dict[str, Callable] = {
+    "The parameters still train. `module.requires_grad = False` only sets an attribute that nothing "
+    "reads, and `eval()` does not stop gradients. Go through `module.parameters()` and set "
+    "`requires_grad` on each.": _only_eval,
+    "`module.requires_grad = False` sets an attribute that nothing reads, so the parameters still "
+    "train. And the module is still in training mode. Go through `module.parameters()`, then call "
+    "`module.eval()`.": lambda m: m,
+    "The module is still in training mode, so BatchNorm changes its running statistics with every "
+    "batch. Call `module.eval()`, too.": _without_eval,
+    "It looks as if you froze the weights and not the biases. Every parameter has to be "
+    "frozen.": _only_weights,
+    "Parameters of inner modules still train. `module.parameters()` goes through all of "
+    "them.": _only_outermost,
+    "The module is frozen, but your function does not return it. Add `return module` at the "
+    "end.": _without_return,
+}
+
+# %% ../../nbs/lib/app/07_exercises_model.ipynb #5facd96d
 register(
     Exercise(
         name="freeze",
@@ -242,25 +260,7 @@ register(
             Case("a linear layer", _linear),
             Case("a module with BatchNorm and dropout inside", _with_batchnorm),
         ],
-        mistakes={
-            "The parameters still train. `module.requires_grad = False` only sets an attribute that "
-            "nothing reads, and `eval()` "
-            "does not stop gradients. Go through `module.parameters()` and set `requires_grad` on "
-            "each.": _only_eval,
-            "`module.requires_grad = False` sets an attribute that nothing reads, so the parameters "
-            "still train. And the module is "
-            "still in training mode. Go through `module.parameters()`, then call "
-            "`module.eval()`.": lambda m: m,
-            "The module is still in training mode, so BatchNorm changes its running statistics with "
-            "every batch. Call "
-            "`module.eval()`, too.": _without_eval,
-            "It looks as if you froze the weights and not the biases. Every parameter has to be "
-            "frozen.": _only_weights,
-            "Parameters of inner modules still train. `module.parameters()` goes through all of "
-            "them.": _only_outermost,
-            "The module is frozen, but your function does not return it. Add `return module` at the "
-            "end.": _without_return,
-        },
+        mistakes=_FREEZING_MISTAKES,
         hint=(
             "Set `requires_grad` to `False` on every parameter, put the module in evaluation mode, "
             "and return it."
@@ -306,35 +306,36 @@ def _loss_cases() -> list[Case]:
     ]
 
 # %% ../../nbs/lib/app/07_exercises_model.ipynb #7bea033d
+_LOSS_MISTAKES: dict[str, Callable] = {
+    "Return the loss as a tensor, without `.item()` or `detach()`: training needs its "
+    "gradient.": lambda x, y, sc: info_nce(x, y, sc).item(),
+    "It looks as if you multiplied by τ instead of dividing. `logit_scale` is ln(1/τ), so "
+    "`logit_scale.exp()` is 1/τ: multiply by it.": lambda x, y, s: _two_ways(x @ y.T / s.exp()),
+    "It looks as if you used `logit_scale` without `exp`. It is the logarithm of 1/τ: multiply by "
+    "`logit_scale.exp()`.": lambda x, y, s: _two_ways(x @ y.T * s),
+    "It looks as if the logits are the plain similarities. Multiply them by "
+    "`logit_scale.exp()`.": lambda x, y, s: _two_ways(x @ y.T),
+    "Only image → text is counted. Add the cross-entropy of the transposed logits, and take the "
+    "mean of both.": lambda x, y, s: _two_ways(x @ y.T * s.exp(), (1, 0)),
+    "Only text → image is counted. Add the cross-entropy of the rows, and take the mean of "
+    "both.": lambda x, y, s: _two_ways(x @ y.T * s.exp(), (0, 1)),
+    "The two directions are added. Take their mean: divide the sum by 2.": lambda x, y, s: _two_ways(
+        x @ y.T * s.exp(), (1, 1)
+    ),
+    "It looks as if you took the softmax before `F.cross_entropy`, which takes it itself. Pass the "
+    "logits.": lambda x, y, s: _two_ways((x @ y.T * s.exp()).softmax(1)),
+    "It looks as if only the pairs on the diagonal count, and no negatives. Let each image choose "
+    "among all captions: `F.cross_entropy(logits, target)`.": lambda x, y, s: (1 - (x * y).sum(1)).mean(),
+}
+
+# %% ../../nbs/lib/app/07_exercises_model.ipynb #1f5e3cc0
 register(
     Exercise(
         name="contrastive_loss",
         lesson="5.1",
         reference=info_nce,
         cases=_loss_cases,
-        mistakes={
-            "Return the loss as a tensor, without `.item()` or `detach()`: training needs its "
-            "gradient.": lambda x, y, sc: info_nce(x, y, sc).item(),
-            "It looks as if you multiplied by τ instead of dividing. `logit_scale` is ln(1/τ), so "
-            "`logit_scale.exp()` is 1/τ: multiply by it.": lambda x, y, s: _two_ways(x @ y.T / s.exp()),
-            "It looks as if you used `logit_scale` without `exp`. It is the logarithm of 1/τ: multiply by "
-            "`logit_scale.exp()`.": lambda x, y, s: _two_ways(x @ y.T * s),
-            "It looks as if the logits are the plain similarities. Multiply them by "
-            "`logit_scale.exp()`.": lambda x, y, s: _two_ways(x @ y.T),
-            "Only image → text is counted. Add the cross-entropy of the transposed logits, and take "
-            "the mean of "
-            "both.": lambda x, y, s: _two_ways(x @ y.T * s.exp(), (1, 0)),
-            "Only text → image is counted. Add the cross-entropy of the rows, and take the mean of "
-            "both.": lambda x, y, s: _two_ways(x @ y.T * s.exp(), (0, 1)),
-            "The two directions are added. Take their mean: divide the sum by 2.": lambda x, y, s: _two_ways(
-                x @ y.T * s.exp(), (1, 1)
-            ),
-            "It looks as if you took the softmax before `F.cross_entropy`, which takes it itself. "
-            "Pass the logits.": lambda x, y, s: _two_ways((x @ y.T * s.exp()).softmax(1)),
-            "It looks as if only the pairs on the diagonal count, and no negatives. Let each image "
-            "choose among all "
-            "captions: `F.cross_entropy(logits, target)`.": lambda x, y, s: (1 - (x * y).sum(1)).mean(),
-        },
+        mistakes=_LOSS_MISTAKES,
         hint="`logits = logit_scale.exp() * images @ texts.T`, and the right answer of row i is column i.",
         run=_try_loss,
     )
@@ -368,6 +369,27 @@ def _progress_of_all(step: int, total: int, warmup: int, peak: float) -> float:
     return peak * (_rise(step, warmup) if step < warmup else _half_cosine(step / total))
 
 # %% ../../nbs/lib/app/07_exercises_model.ipynb #4e1f117e
+_SCHEDULE_MISTAKES: dict[str, Callable] = {
+    "It looks as if the warm-up starts at 0: the first step would change nothing. Use `(step + 1) / "
+    "warmup`.": partial(_schedule, rise=lambda step, warmup: step / warmup, fall=_half_cosine),
+    "It looks as if the cosine runs over all steps, so that the learning rate jumps after the "
+    "warm-up. Let it begin where the warm-up ends: `(step - warmup) / (total - warmup)`.": _progress_of_all,
+    "It looks as if the factor ½ is missing: `1 + cos` goes from 2 to 0, so the peak is twice too "
+    "high.": partial(_schedule, rise=_rise, fall=lambda progress: 1 + math.cos(math.pi * progress)),
+    "It looks as if you used a quarter of a cosine. Half a cosine goes from 1 to −1, with `math.pi "
+    "* progress`; add 1 and halve it.": partial(
+        _schedule, rise=_rise, fall=lambda progress: math.cos(math.pi / 2 * progress)
+    ),
+    "It looks as if the learning rate falls along a line. Use `0.5 * (1 + math.cos(math.pi * "
+    "progress))`.": partial(_schedule, rise=_rise, fall=lambda progress: 1 - progress),
+    "It looks as if `math.cos` got degrees. It takes radians: half a turn is `math.pi`, not 180.": partial(
+        _schedule, rise=_rise, fall=lambda progress: 0.5 * (1 + math.cos(180 * progress))
+    ),
+    "It looks as if `peak` is not used. Multiply by it, in the warm-up and after "
+    "it.": lambda step, total, warmup, peak: _cosine_with_warmup(step, total, warmup, 1.0),
+}
+
+# %% ../../nbs/lib/app/07_exercises_model.ipynb #cfcb3137
 register(
     Exercise(
         name="cosine_with_warmup",
@@ -381,32 +403,7 @@ register(
             Case("step 19, the last", 19, 20, 4, 1.0),
             Case("step 55 of 100 (warm-up of 10, peak 0.5)", 55, 100, 10, 0.5),
         ],
-        mistakes={
-            "It looks as if the warm-up starts at 0: the first step would change nothing. Use "
-            "`(step + 1) / warmup`.": partial(
-                _schedule, rise=lambda step, warmup: step / warmup, fall=_half_cosine
-            ),
-            "It looks as if the cosine runs over all steps, so that the learning rate jumps after "
-            "the warm-up. Let it begin where "
-            "the warm-up ends: `(step - warmup) / (total - warmup)`.": _progress_of_all,
-            "It looks as if the factor ½ is missing: `1 + cos` goes from 2 to 0, so the peak is "
-            "twice too high.": partial(
-                _schedule, rise=_rise, fall=lambda progress: 1 + math.cos(math.pi * progress)
-            ),
-            "It looks as if you used a quarter of a cosine. Half a cosine goes from 1 to −1, with "
-            "`math.pi * progress`; add 1 and "
-            "halve it.": partial(
-                _schedule, rise=_rise, fall=lambda progress: math.cos(math.pi / 2 * progress)
-            ),
-            "It looks as if the learning rate falls along a line. Use `0.5 * (1 + math.cos(math.pi "
-            "* progress))`.": partial(_schedule, rise=_rise, fall=lambda progress: 1 - progress),
-            "It looks as if `math.cos` got degrees. It takes radians: half a turn is `math.pi`, not "
-            "180.": partial(
-                _schedule, rise=_rise, fall=lambda progress: 0.5 * (1 + math.cos(180 * progress))
-            ),
-            "It looks as if `peak` is not used. Multiply by it, in the warm-up and after "
-            "it.": lambda step, total, warmup, peak: _cosine_with_warmup(step, total, warmup, 1.0),
-        },
+        mistakes=_SCHEDULE_MISTAKES,
         hint=(
             "Two cases: in the warm-up `peak * (step + 1) / warmup`, after it `peak` times half of "
             "`1 + cos(π · progress)`."
@@ -496,6 +493,34 @@ def _train_step(
     return loss.item()
 
 # %% ../../nbs/lib/app/07_exercises_model.ipynb #7e426c58
+_STEP_MISTAKES: dict[str, Callable] = {
+    "It looks as if `optimizer.zero_grad()` is missing: each step also uses the gradients of the "
+    "steps before.": partial(_step, order="rate loss backward step clamp"),
+    "It looks as if the optimizer does not use `learning_rate`. Before the step, set "
+    '`group["lr"] = learning_rate` for each group in `optimizer.param_groups`.': partial(
+        _step, order="zero loss backward step clamp"
+    ),
+    "It looks as if the learning rate is set after the step, so that it is used one step too late.": partial(
+        _step, order="zero loss backward step clamp rate"
+    ),
+    "The loss is right and the weights do not change. Either `optimizer.step()` is missing, or "
+    "`zero_grad()` stands between `backward()` and `step()`: then nothing is left to step with.": partial(
+        _step, order="rate zero loss backward clamp"
+    ),
+    "1/τ grew beyond 100. After the step, limit the logit scale: "
+    "`model.logit_scale.clamp_(max=math.log(100))`, inside of `torch.no_grad()`. The limit is ln "
+    "100, not 100.": partial(_step, order="rate zero loss backward step"),
+    "It looks as if the logit scale is limited before the step. Limit it after the step, which may "
+    "push it beyond.": partial(_step, order="rate zero clamp loss backward step"),
+    "Return the loss as a Python number, with `loss.item()`. A list of loss tensors would keep the "
+    "whole computation of every step in memory.": partial(_step, as_number=False),
+    "The image encoder does not change, only the logit scale: its embeddings carry no gradient. "
+    "Call `model.encode_image(pixels)` outside of `torch.no_grad()` and without `detach()`.": partial(
+        _step, order="rate zero detached backward step clamp"
+    ),
+}
+
+# %% ../../nbs/lib/app/07_exercises_model.ipynb #f4911ef7
 register(
     Exercise(
         name="train_step",
@@ -506,35 +531,10 @@ register(
             Case("four steps in a row", 2.66, 0.05, 4),
             Case("two steps that begin with 1/τ = 110", math.log(110), 0.05, 2),
         ],
-        mistakes={
-            "It looks as if `optimizer.zero_grad()` is missing: each step also uses the gradients "
-            "of the steps before.": partial(_step, order="rate loss backward step clamp"),
-            "It looks as if the optimizer does not use `learning_rate`. Before the step, set "
-            '`group["lr"] = learning_rate` for each group in `optimizer.param_groups`.': partial(
-                _step, order="zero loss backward step clamp"
-            ),
-            "It looks as if the learning rate is set after the step, so that it is used one step "
-            "too late.": partial(_step, order="zero loss backward step clamp rate"),
-            "The loss is right and the weights do not change. Either `optimizer.step()` is missing, or "
-            "`zero_grad()` stands between `backward()` and `step()`: then nothing is left to step "
-            "with.": partial(_step, order="rate zero loss backward clamp"),
-            "1/τ grew beyond 100. After the step, limit the logit scale: "
-            "`model.logit_scale.clamp_(max=math.log(100))`, inside of "
-            "`torch.no_grad()`. The limit is ln 100, not 100.": partial(
-                _step, order="rate zero loss backward step"
-            ),
-            "It looks as if the logit scale is limited before the step. Limit it after the step, "
-            "which may push it beyond.": partial(_step, order="rate zero clamp loss backward step"),
-            "Return the loss as a Python number, with `loss.item()`. A list of loss tensors would keep the "
-            "whole computation of every step in memory.": partial(_step, as_number=False),
-            "The image encoder does not change, only the logit scale: its embeddings carry no gradient. Call "
-            "`model.encode_image(pixels)` outside of `torch.no_grad()` and without `detach()`.": partial(
-                _step, order="rate zero detached backward step clamp"
-            ),
-        },
+        mistakes=_STEP_MISTAKES,
         hint=(
-            "Set the learning rate, clear the gradients, compute the loss, call `backward()`, "
-            "step, and limit the logit scale."
+            "Set the learning rate, clear the gradients, compute the loss, call `backward()`, step, "
+            "and limit the logit scale."
         ),
         run=_try_step,
     )
