@@ -16,7 +16,7 @@ from time import perf_counter
 
 from pycocotools.coco import COCO
 
-from clip475.data.captions import _caption_file, _listed_split, load_split, read_captions
+from clip475.data.captions import _caption_file, _listed_split, load_split, _read_captions
 
 DEFAULT = os.environ.get("CLIP475_COCO") or Path(__file__).parents[1].parent / "shared" / "data" / "coco2014"
 
@@ -39,7 +39,7 @@ def measure(root=DEFAULT):
     file = _caption_file(root, "val")
     parse, data = best(lambda: json.loads(file.read_text(encoding="utf-8")))
     theirs, _ = best(lambda: plain(file))
-    ours, coco = best(lambda: read_captions(file))
+    ours, coco = best(lambda: _read_captions(file))
     rows, split = best(lambda: _listed_split(coco, root, "val"))
     disk, there = best(lambda: load_split(root, "val"))
     return {

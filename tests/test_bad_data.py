@@ -21,12 +21,12 @@ from clip475.data.captions import (
     CaptionSplit,
     _caption_file,
     _draw,
+    _load_splits,
     describe_split,
     load_split,
-    load_splits,
 )
 from clip475.data.images import _caption_choice, batches, epoch_order, pack_images
-from clip475.data.pixels import _to_rgb, denormalize, load_image, normalize, resize_square
+from clip475.data.pixels import _denormalize, _to_rgb, load_image, normalize, resize_square
 
 # a small folder in COCO 2014's layout: the picture of image `id` has its own colour, its captions say the id
 
@@ -174,10 +174,10 @@ def test_two_splits_share_no_image(tmp_path):
     config = LabConfig.from_preset("tiny", train_images=2, val_images=2)
     write_folder(tmp_path, coco_data((1, 2, 3)), "train")
     write_folder(tmp_path, coco_data((11, 12, 13)), "val")
-    train, val = load_splits(tmp_path, config)
+    train, val = _load_splits(tmp_path, config)
     assert (train.name, val.name, len(train), len(val)) == ("train", "val", 2, 2)
     write_folder(tmp_path, coco_data((1, 2, 3)), "val")
-    message = refusal(load_splits, tmp_path, config.replace(train_images=None, val_images=None))
+    message = refusal(_load_splits, tmp_path, config.replace(train_images=None, val_images=None))
     assert "image 1 is in both train and val" in message
 
 
@@ -808,7 +808,7 @@ def test_normalising_is_undone_for_every_value():
         and x.dtype == torch.float32
         and x.is_contiguous(memory_format=torch.channels_last)
     )
-    assert (denormalize(x).numpy() == every).all()
+    assert (_denormalize(x).numpy() == every).all()
 
 
 def test_normalising_leaves_its_input_alone_and_takes_tensors(tmp_path):

@@ -20,7 +20,7 @@ from PIL import Image
 
 from clip475.core.config import LabConfig
 from clip475.core.files import LabError
-from clip475.data.captions import load_split, load_splits
+from clip475.data.captions import _load_splits, load_split
 from clip475.data.layouts import _LAYOUTS, _detect_layout, read_splits
 from clip475.data.splits import _SPLIT_FILE, _deal, _split_record, check_disjoint
 
@@ -466,8 +466,8 @@ def test_dealing(data, n, seed):
 
 def test_the_official_layout_is_cocos_reader(tmp_path):
     root = write_layout(tmp_path / "data", "coco", truth(range(20, 60)))
-    assert read_splits(root, config(6, 5, 0)) == load_splits(root, config(6, 5, 0))
-    assert read_splits(root, config(6, 5, 3))[:2] == load_splits(root, config(6, 5, 0))
+    assert read_splits(root, config(6, 5, 0)) == _load_splits(root, config(6, 5, 0))
+    assert read_splits(root, config(6, 5, 3))[:2] == _load_splits(root, config(6, 5, 0))
     bad = {int(load_split(root, "val", 5).image_ids[2])}
     assert read_splits(root, config(6, 5, 0), {"val": bad})[1] == load_split(root, "val", 5, exclude=bad)
 

@@ -12,11 +12,11 @@ from clip475.core.config import LabConfig
 from clip475.core.files import LabError
 from clip475.data.captions import (
     _caption_file,
+    _load_splits,
+    _make_split,
+    _read_captions,
     describe_split,
     load_split,
-    load_splits,
-    _make_split,
-    read_captions,
 )
 from clip475.data.images import _read_square, pack_images
 from clip475.data.pixels import load_image, resize_square
@@ -42,13 +42,13 @@ def test_counts(name, listed, on_disk):
 
 
 def test_the_whole_val_file_is_read():
-    coco = read_captions(_caption_file(COCO, "val"))
+    coco = _read_captions(_caption_file(COCO, "val"))
     split = _make_split(coco, COCO, "val")
     assert len(coco.anns) == 202_654 and len(coco.imgs) == 40_504 and len(split) == 1_180
 
 
 def test_pairs_are_those_of_the_annotation_file(val):
-    coco = read_captions(_caption_file(COCO, "val"))
+    coco = _read_captions(_caption_file(COCO, "val"))
     for row, id in enumerate(val.image_ids.tolist()):
         assert val.image_paths[row].name == coco.imgs[id]["file_name"]
         assert sorted(val.captions_of(row)) == sorted(a["caption"].strip() for a in coco.imgToAnns[id])
@@ -60,7 +60,7 @@ def test_more_than_there_are(val):
 
 
 def test_train_and_val_share_nothing():
-    train, val = load_splits(COCO, LabConfig.from_preset("coco", train_images=200, val_images=1_000))
+    train, val = _load_splits(COCO, LabConfig.from_preset("coco", train_images=200, val_images=1_000))
     assert (len(train), len(val)) == (200, 1_000) and not set(train.image_ids) & set(val.image_ids)
 
 

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from ..core.config import LabConfig
 from ..core.files import LabError, _atomic_path, write_json
-from .captions import CaptionSplit, _listed_split, read_captions
+from .captions import CaptionSplit, _listed_split, _read_captions
 from .layouts import _with_karpathy_test
 from .splits import _SPLIT_FILE, _recorded_bad, _Replaced, _split_record, draw_splits
 
@@ -399,7 +399,7 @@ def _listed_images(
         _unpack_captions(archive, folder)
         archive.unlink()
     return {
-        name: _listed_split(read_captions(folder / file), root, name)
+        name: _listed_split(_read_captions(folder / file), root, name)
         for name, file in zip(("train", "val"), _CAPTION_FILES)
     }
 

@@ -379,10 +379,10 @@ def pack_images(
 ) -> np.ndarray:
     """All images of `split`, decoded once: a memory-mapped, read-only (N, S, S, 3) uint8 array.
 
-    Row i is image i. It lies in `folder` (default: `cache_dir()/"images"`) with a manifest of what it was made
-    from; its name changes when the split, a file, the size or the transform changes. A stopped call is continued
-    by the next. `rebuild` decodes everything again. Raises `_BadImages` with all images that cannot be used; a call for a
-    split without them takes over what is decoded."""
+    Row i is image i. It lies in `folder` (default: `cache_dir()/"images"`) with a manifest of what it was
+    made from; its name changes when the split, a file, the size or the transform changes. A stopped call is
+    continued by the next. `rebuild` decodes everything again. Raises `_BadImages` with all images that cannot
+    be used; a call for a split without them takes over what is decoded."""
     folder = Path(folder or cache_dir() / "images").expanduser().absolute()
     _check_folder(folder, split.image_paths)
     stamps = _stamps(split)

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..core.config import LabConfig
 from ..core.files import LabError, read_json
-from .captions import CaptionSplit, load_split, read_captions
+from .captions import CaptionSplit, _read_captions, load_split
 from .splits import _recorded_splits, check_disjoint, draw_splits
 
 # %% ../../nbs/lib/data/05_layouts.ipynb #310c0a60
@@ -372,7 +372,7 @@ _NAME_KEYS = ("file_name", "filename", "filepath", "image", "image_path", "file"
 
 def _from_coco(file: Path, split: str) -> list[_Listed]:
     "The captioned images of a file in COCO's form."
-    coco = read_captions(file)
+    coco = _read_captions(file)
     listed = []
     for id, image in sorted(coco.imgs.items()):
         annotations = sorted(coco.imgToAnns.get(id, []), key=lambda annotation: annotation["id"])

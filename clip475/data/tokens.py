@@ -27,7 +27,7 @@ from huggingface_hub import constants as hub
 from huggingface_hub import get_session
 from matplotlib.colors import ListedColormap
 from torch.nn.utils.rnn import pad_sequence
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from ..core.config import LabConfig
 from ..core.figures import PALETTE, _wrap
@@ -45,7 +45,7 @@ _PLAIN = re.compile(r"[\n -%'-~]*").fullmatch  # ASCII without & and control cha
 
 
 def clean_text(text: str) -> str:
-    """OpenAI's cleaning before BPE: repair the encoding, resolve HTML entities twice, single spaces, lower case.
+    """OpenAI's cleaning before BPE: repair the encoding, resolve HTML entities twice, join spaces, lower.
 
     `LabError` for anything that is not a string."""
     if not isinstance(text, str):
@@ -190,7 +190,7 @@ def _load_pretrained(
         ) from e
 
 # %% ../../nbs/lib/data/09_tokens.ipynb #b80a6ceb
-def _check_tokenizer(tokenizer: CLIPTokenizer) -> None:
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     if len(tokenizer) < 514:  # 2 × 256 byte symbols and two marks
         raise ValueError(f"its tokenizer knows only {len(tokenizer)} tokens")
     if tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
@@ -206,7 +206,7 @@ def load_tokenizer(name: str = "builtin", revision: str | None = None) -> CLIPTo
 # %% ../../nbs/lib/data/09_tokens.ipynb #df805034
 def _token_ids(
     texts: Sequence[str],
-    tokenizer: CLIPTokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     context_length: int | None = 77,
     portion: int = 8192,
 ) -> list[torch.Tensor]:
@@ -226,7 +226,7 @@ def _pad_tokens(ids: Sequence[torch.Tensor], pad: int, length: int = 0) -> dict[
 # %% ../../nbs/lib/data/09_tokens.ipynb #9b2fdc8f
 def tokenize(
     captions: str | Sequence[str],
-    tokenizer: CLIPTokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     context_length: int = 77,
     padding: str = "max_length",
 ) -> dict[str, torch.Tensor]:
@@ -260,7 +260,7 @@ def _token_roles(input_ids: torch.Tensor, attention_mask: torch.Tensor, end: int
 
 def plot_tokens(
     captions: Sequence[str],
-    tokenizer: CLIPTokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     context_length: int = 77,
     padding: str = "max_length",
 ) -> "Figure":
@@ -295,12 +295,14 @@ def _write_tokens(ax: plt.Axes, rows: Sequence[Sequence[str]], roles: torch.Tens
         ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8, color=ink)
 
 # %% ../../nbs/lib/data/09_tokens.ipynb #627e2065
-def _token_lengths(captions: Sequence[str], tokenizer: CLIPTokenizer) -> np.ndarray:
+def _token_lengths(captions: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     "Tokens of each caption before truncation, marks included: (M,) int64 array."
     return np.array([len(ids) for ids in _token_ids([clean_text(c) for c in captions], tokenizer, None)])
 
 # %% ../../nbs/lib/data/09_tokens.ipynb #c9e6464b
-def _describe_text(captions: Sequence[str], tokenizer: CLIPTokenizer, config: LabConfig) -> dict[str, str]:
+def _describe_text(
+    captions: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: LabConfig
+) -> dict[str, str]:
     "The text preprocessing of a run as the assignment wants it documented, measured on its captions."
     lengths = _token_lengths(captions, tokenizer)
     too_long = lengths > config.context_length
