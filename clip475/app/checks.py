@@ -81,7 +81,7 @@ def exercises() -> dict[str, Exercise]:
 
 def _find(function: Callable) -> Exercise | None:
     "The exercise that has the name of `function`, or has it as its reference."
-    name = getattr(function, "__name__", None)
+    name = getattr(function, "__name__", "")
     found = _EXERCISES.get(name) or exercises().get(name)
     return found or next((e for e in exercises().values() if e.reference is function), None)
 
@@ -125,7 +125,13 @@ def _kind(value: Any) -> str:
         return "a bool"
     if isinstance(value, numbers.Number):
         return "a number"
-    names = {str: "a string", list: "a list", tuple: "a tuple", dict: "a dictionary", set: "a set"}
+    names: dict[type, str] = {
+        str: "a string",
+        list: "a list",
+        tuple: "a tuple",
+        dict: "a dictionary",
+        set: "a set",
+    }
     return names.get(type(value), f"a `{type(value).__name__}`")
 
 # %% ../../nbs/lib/app/05_checks.ipynb #9a26d7d0
@@ -184,6 +190,13 @@ def _array_difference(got: Any, expected: Any, tolerance: float) -> str | None:
     return f"The largest difference is at {place}: `{mine:.4g}`; expected `{right:.4g}`."
 
 
+def _number_difference(got: numbers.Real, expected: float, tolerance: float) -> str | None:
+    "`_difference` for two numbers: they speak for themselves."
+    mine = float(got)
+    close = mine == expected or abs(mine - expected) <= tolerance * (1 + abs(expected))
+    return None if close or (mine != mine and expected != expected) else ""
+
+
 def _items_difference(got: Sequence, expected: Sequence, tolerance: float) -> str | None:
     "`_difference` for lists and tuples."
     if len(got) != len(expected):
@@ -222,14 +235,16 @@ def _difference(got: Any, expected: Any, tolerance: float) -> str | None:
             return _array_difference(got, expected, tolerance) if is_kind(got) else wrong_kind
     if isinstance(expected, bool) or isinstance(got, bool):
         return wrong_kind if type(got) is not type(expected) else (None if got == expected else "")
-    if isinstance(expected, numbers.Number):
-        if not isinstance(got, numbers.Number):
-            return wrong_kind
-        close = got == expected or abs(got - expected) <= tolerance * (1 + abs(expected))
-        return None if close or (got != got and expected != expected) else ""
-    for kinds, compare in (((list, tuple), _items_difference), (Mapping, _keys_difference)):
-        if isinstance(expected, kinds):
-            return compare(got, expected, tolerance) if isinstance(got, kinds) else wrong_kind
+    if isinstance(expected, numbers.Real):
+        return (
+            _number_difference(got, float(expected), tolerance)
+            if isinstance(got, numbers.Real)
+            else wrong_kind
+        )
+    if isinstance(expected, (list, tuple)):
+        return _items_difference(got, expected, tolerance) if isinstance(got, (list, tuple)) else wrong_kind
+    if isinstance(expected, Mapping):
+        return _keys_difference(got, expected, tolerance) if isinstance(got, Mapping) else wrong_kind
     if type(got) is not type(expected) and not (_is_image(got) and _is_image(expected)):
         return wrong_kind
     return None if _same(got, expected) else ""
