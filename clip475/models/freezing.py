@@ -7,7 +7,7 @@ __all__ = ['freeze', 'snapshot', 'changed_tensors', 'audit_freeze']
 
 # %% ../../nbs/lib/models/01_freezing.ipynb #7209c8c8
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -102,7 +102,7 @@ def _has_training_norm(module: nn.Module) -> bool:
 
 def _policy_findings(model: nn.Module) -> Iterator[_Finding]:
     "Where `model` differs from the policy that was applied last."
-    policy = vars(model).get("policy")
+    policy: Any = vars(model).get("policy")
     if policy is None:
         return
     for name, parameter in model.named_parameters():
@@ -111,7 +111,8 @@ def _policy_findings(model: nn.Module) -> Iterator[_Finding]:
             yield name, f"policy {policy['name']} trains it, and it is frozen", "call apply_policy again"
         if parameter.requires_grad and not should_train:
             yield name, f"policy {policy['name']} freezes it, and it is trainable", "call apply_policy again"
-    for name in vars(model)["frozen_parts"]:
+    frozen_parts: Any = vars(model)["frozen_parts"]
+    for name in frozen_parts:
         if _has_training_norm(model.get_submodule(name)):
             finding = f"policy {policy['name']} freezes its statistics, and it is in training mode"
             yield name, finding, "call model.train()"
