@@ -18,8 +18,7 @@ __version__ = "0.1.0"
 if sys.version_info < (3, 11):  # noqa: UP036
     raise ImportError(
         "clip475 needs Python 3.11 or newer and this is Python %d.%d: "  # noqa: UP031
-        "install a newer one and make a new environment with it"
-        % sys.version_info[:2]
+        "install a newer one and make a new environment with it" % sys.version_info[:2]
     )
 
 _PACKAGES = ("core", "data", "models", "training", "evaluation", "searching", "studies", "app")
@@ -74,7 +73,8 @@ def __getattr__(name: str) -> object:
         globals()[name] = value
         return value
     raise AttributeError(
-        "module 'clip475' has no attribute %r; it has: %s" % (name, ", ".join([*_FRONT_DOOR, *_PACKAGES]))  # noqa: UP031
+        "module 'clip475' has no attribute %r; it has: %s"  # noqa: UP031
+        % (name, ", ".join([*_FRONT_DOOR, *_PACKAGES]))
     )
 
 

@@ -22,7 +22,8 @@ def _explain(problem: Exception) -> str:
         _check_torch()
     except LabError as pair:
         return str(pair)
-    return f"the installation is not complete ({problem}); install it again: pip install -c constraints.txt -e ."
+    again = "install it again: pip install -c constraints.txt -e ."
+    return f"the installation is not complete ({problem}); {again}"
 
 
 if __name__ == "__main__":

@@ -366,7 +366,7 @@ def test_data_that_moved_are_named_and_pictures_that_changed_are_seen(place, fir
     shutil.copytree(place / "first", place / "moved")
     data = damaged(place, "elsewhere", None)
     before = ok(place, "search", "a red boat", "--run", "moved", "--data", data)["results"]
-    best = Path(before[0]["file"])
+    best = data / "val2014" / Path(before[0]["file"]).name
     others = [p for p in best.parent.iterdir() if p.name not in {Path(f["file"]).name for f in before}]
     best.write_bytes(others[0].read_bytes())
     after = ok(place, "search", "a red boat", "--run", "moved", "--data", data)["results"]

@@ -1,7 +1,7 @@
 """README.md, written from nbs/index.ipynb:  python tools/readme.py
 
-Lines that begin with `#|`, the source of cells under `#| echo: false`, and cells under `#| hide` are for nbdev
-and left out, and so is the install cell for Colab.
+Lines that begin with `#|`, the source of cells under `#| echo: false`, and cells under `#| hide` are for
+nbdev and left out, and so is the install cell for Colab.
 Links that are relative to nbs/ become relative to the repository; figures go to docs/readme/.
 The same notebook always gives the same bytes: tests/test_readme.py compares them.
 """

@@ -20,10 +20,12 @@ from .ranks import _Ahead, _best_right, _first, _Pairing, _pairing, _tiles
 class _Index(Protocol):
     "What a rule needs of a `SearchIndex`."
 
-    image_embeddings: Any
-    text_embeddings: Any
-    table: Any
-
+    @property
+    def image_embeddings(self) -> Any: ...
+    @property
+    def text_embeddings(self) -> Any: ...
+    @property
+    def table(self) -> Any: ...
     def __len__(self) -> int: ...
     @property
     def _owner(self) -> np.ndarray: ...
