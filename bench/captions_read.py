@@ -16,7 +16,7 @@ from time import perf_counter
 
 from pycocotools.coco import COCO
 
-from clip475.data.captions import _caption_file, _listed_split, load_split, _read_captions
+from clip475.data.captions import _caption_file, _listed_split, _read_captions, load_split
 
 DEFAULT = os.environ.get("CLIP475_COCO") or Path(__file__).parents[1].parent / "shared" / "data" / "coco2014"
 

@@ -75,12 +75,12 @@ def kept(model, way, batch, device="cpu"):
 
 
 def measure(way, options):
-    from clip475.training.meters import _largest_batch, _step_parts, median_seconds, peak_bytes
+    from clip475.training.meters import _largest_batch, _median_seconds, _step_parts, peak_bytes
 
     model, optimizer = build(way)
     loss = loss_of(model, way, options.batch)
     parts = _step_parts(loss, optimizer)
-    seconds = median_seconds(parts, repeats=options.repeats)
+    seconds = _median_seconds(parts, repeats=options.repeats)
     rest = fixed_bytes(model, optimizer, way)
     peak = peak_bytes(lambda: [part() for part in parts.values()])
     shapes, _ = build(way, "meta")

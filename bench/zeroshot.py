@@ -25,12 +25,12 @@ from clip475.evaluation.zeroshot import (
     _alone,
     _draw_scenes,
     _per_class_recall,
+    _scene_probes,
     calibration,
     class_embeddings,
     classify,
     confusion_matrix,
     mean_interval,
-    scene_probes,
 )
 from clip475.models.joint import load_model
 from clip475.training.steps import embed_images
@@ -74,7 +74,7 @@ def measure(run, count):
     }
     confidence, guess = answers(by_kind)
     curve, error = calibration(confidence, guess == kinds)
-    probes = scene_probes(
+    probes = _scene_probes(
         lambda pixels: embed_images(model, pixels, config),
         model.text_encoder,
         tokenizer,

@@ -26,7 +26,7 @@ from clip475.studies.arms import (
     _start_run,
     _train,
 )
-from clip475.studies.claims import _difference, _interval, _verdict_word, grid_table, verdicts
+from clip475.studies.claims import _difference, _grid_table, _interval, _verdict_word, verdicts
 from clip475.studies.freezing import _check_alike, _planned_runs, frozen_experiment
 from clip475.studies.held_out import (
     _NOVELTIES,
@@ -195,7 +195,7 @@ def test_drift_is_zero_where_the_text_is_frozen_and_only_there(experiment):
 
 
 def test_table_has_a_row_per_arm_and_its_numbers(experiment):
-    table = grid_table(experiment)
+    table = _grid_table(experiment)
     assert list(table.index) == SOME
     assert table.loc["none", "trains (k)"] == 0 and table.loc["none", "images/s"] == ""
     assert (

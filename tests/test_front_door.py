@@ -97,9 +97,9 @@ def test_a_type_checker_sees_the_same_names():
 
 
 def test_numbers_are_those_of_the_runs_own_evaluation(model, run, scenes, tmp_path):
-    from clip475.app.report import open_run
+    from clip475.app.report import _open_run
 
-    own, config = open_run(run)
+    own, config = _open_run(run)
     pixels = pack_images(scenes, config.image_size, tmp_path, progress=False)
     expected = embed_images(own, pixels, config)
     found = model.encode_image(scenes.image_paths)

@@ -12,9 +12,9 @@ from clip475.core.config import LabConfig
 from clip475.core.files import LabError
 from clip475.training.loss import (
     _check_loss,
+    _clamp_logit_scale_,
     _similarity_logits,
     batch_loss,
-    clamp_logit_scale_,
     info_nce,
     multi_positive_info_nce,
     siglip_loss,
@@ -135,16 +135,16 @@ def test_pairs_overfit_to_zero_loss():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        clamp_logit_scale_(scale)
+        _clamp_logit_scale_(scale)
     assert loss < 1e-3 and scale.exp() <= 100.001
 
 
 def test_clamp_is_in_place_and_one_sided():
     scale = torch.nn.Parameter(torch.tensor(50.0))
-    assert clamp_logit_scale_(scale) is scale and scale.requires_grad
+    assert _clamp_logit_scale_(scale) is scale and scale.requires_grad
     assert scale.item() == pytest.approx(math.log(100))
-    assert clamp_logit_scale_(torch.tensor(-5.0)).item() == -5.0
-    assert clamp_logit_scale_(torch.tensor(5.0), max_scale=10).item() == pytest.approx(math.log(10))
+    assert _clamp_logit_scale_(torch.tensor(-5.0)).item() == -5.0
+    assert _clamp_logit_scale_(torch.tensor(5.0), max_scale=10).item() == pytest.approx(math.log(10))
 
 
 # the variants, each against nested loops of Python floats
@@ -360,7 +360,7 @@ def test_variants_overfit(loss):
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
-        clamp_logit_scale_(scale)
+        _clamp_logit_scale_(scale)
     assert value < 0.02
 
 
@@ -466,4 +466,4 @@ def test_errors(args, text):
 @pytest.mark.parametrize("most", [0, -1, math.nan])
 def test_clamp_refuses(most):
     with pytest.raises(LabError, match="above 0"):
-        clamp_logit_scale_(torch.tensor(1.0), most)
+        _clamp_logit_scale_(torch.tensor(1.0), most)

@@ -24,13 +24,13 @@ from clip475.training.meters import (
     _gradient_norms,
     _largest_batch,
     _linear_cka,
+    _median_seconds,
     _resting_bytes,
     _similarity_drift,
     _step_parts,
     _tensor_bytes,
     _weight_drift,
     activation_bytes,
-    median_seconds,
     peak_bytes,
 )
 
@@ -234,7 +234,7 @@ def test_the_median_of_repeats_without_the_first():
         order.append("b")
         now[0] += next(steps)
 
-    found = median_seconds(
+    found = _median_seconds(
         {"forward": forward, "backward": backward}, repeats=3, warmup=1, clock=lambda: now[0]
     )
     assert order == ["f", "b"] * 4 and found == {"forward": 4, "backward": 2}
@@ -246,7 +246,7 @@ def test_the_parts_of_a_step_make_a_step():
     b = nn.Linear(3, 1)
     b.load_state_dict(a.state_dict())
     optimizer = torch.optim.SGD(a.parameters(), lr=0.1)
-    seconds = median_seconds(_step_parts(lambda: a(x).square().mean(), optimizer), repeats=2, warmup=1)
+    seconds = _median_seconds(_step_parts(lambda: a(x).square().mean(), optimizer), repeats=2, warmup=1)
     assert list(seconds) == ["forward", "backward", "step"] and all(s > 0 for s in seconds.values())
     other = torch.optim.SGD(b.parameters(), lr=0.1)
     for _ in range(3):

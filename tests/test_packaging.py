@@ -99,7 +99,7 @@ def test_an_unknown_submodule_is_named_with_those_there_are():
     import clip475
 
     with pytest.raises(AttributeError, match="'nonsense'.*core"):
-        clip475.nonsense
+        _ = clip475.nonsense
 
 
 def test_exported_code_imports_no_development_tool():

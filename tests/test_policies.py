@@ -31,9 +31,9 @@ from clip475.models.tables import (
     _markdown_table,
     _model_parts,
     _plot_parameters,
+    _specification_table,
     component_table,
     plot_towers,
-    specification_table,
 )
 from clip475.models.text import encode_texts
 
@@ -564,7 +564,7 @@ def test_tables_take_any_module_and_count_what_is_shared_once():
 
 
 def test_the_specifications_rounded_figures(specified):
-    table = specification_table(specified).set_index("figure")
+    table = _specification_table(specified).set_index("figure")
     assert table["specification"].tolist() == ["~23M", "~6M", "~63M", "~92M", "~28M", "~30 %"]
     assert table["remark"].to_dict() == {
         "backbone": "23.51M cut off, not rounded",

@@ -16,8 +16,8 @@ from clip475.evaluation.zeroshot import (
     _alone,
     _alternatives,
     _describe,
+    _scene_probes,
     _true_wins,
-    scene_probes,
 )
 from clip475.models.text import encode_texts, known_token_share, load_text_encoder
 
@@ -95,7 +95,7 @@ def test_accuracy_of_probes_by_brute_force(scenes, tower):
     def embed(pixels):
         return random_unit(len(pixels), 512, seed=len(pixels))
 
-    table = scene_probes(embed, *tower, count=60, size=32)
+    table = _scene_probes(embed, *tower, count=60, size=32)
     assert list(table.index) == [*_SINGLE, *_PAIRED] and np.allclose(table.chance, 1 / table.captions)
     for fact in ("colour", "whose colour", "left or right"):
         some = (
@@ -114,5 +114,5 @@ def test_accuracy_of_probes_by_brute_force(scenes, tower):
 
 def test_probe_questions_that_make_no_sense(scenes, tower):
     error_message("fact 'smell' is not known", _alternatives, scenes[0], "smell")
-    error_message("at least 20", scene_probes, None, *tower, count=3)
+    error_message("at least 20", _scene_probes, None, *tower, count=3)
     assert _alternatives(_alone(scenes[0]), "whose colour") is None

@@ -34,8 +34,8 @@ def test_no_line_for_nbdev_is_left():
 def test_links_are_seen_from_the_root():
     relink = tool().relink
     assert (
-        relink("[a](00_core.ipynb) [b](../CONTRIBUTING.md#x) [c](https://example.org/a)", ROOT / "nbs")
-        == "[a](nbs/00_core.ipynb) [b](CONTRIBUTING.md#x) [c](https://example.org/a)"
+        relink("[a](index.ipynb) [b](../CONTRIBUTING.md#x) [c](https://example.org/a)", ROOT / "nbs")
+        == "[a](nbs/index.ipynb) [b](CONTRIBUTING.md#x) [c](https://example.org/a)"
     )
 
 

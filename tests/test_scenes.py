@@ -21,13 +21,13 @@ from clip475.data.scenes import (
     _Caption,
     _columns,
     _Mention,
+    _prepare_scenes,
     _true_of,
     caption_scene,
     draw_scene,
     load_truth,
     make_scene,
     oracle_recall,
-    prepare_scenes,
     write_scenes,
 )
 
@@ -172,16 +172,16 @@ def test_scenes_are_drawn_once_and_an_interrupted_drawing_leaves_nothing(tmp_pat
 
         patch.setattr(module, "caption_scene", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            prepare_scenes(config, progress=False)
+            _prepare_scenes(config, progress=False)
     assert list(tmp_path.iterdir()) == []
-    root = prepare_scenes(config, progress=False)
+    root = _prepare_scenes(config, progress=False)
     stamp = root.stat().st_mtime_ns
-    assert prepare_scenes(config, progress=False) == root and root.stat().st_mtime_ns == stamp
+    assert _prepare_scenes(config, progress=False) == root and root.stat().st_mtime_ns == stamp
 
 
 def test_all_scenes_there_are_is_no_number():
     with pytest.raises(LabError, match="how many scenes"):
-        prepare_scenes(LabConfig.from_preset("tiny", train_images=None))
+        _prepare_scenes(LabConfig.from_preset("tiny", train_images=None))
 
 
 def test_the_grammar_of_articles_and_numbers():

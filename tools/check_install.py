@@ -2,8 +2,8 @@
 
 import sys
 
-from clip475.core.files import LabError
 from clip475.core.devices import _check_torch
+from clip475.core.files import LabError
 
 try:
     _check_torch()

@@ -330,13 +330,13 @@ def _prepare(args: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _frozen(args: argparse.Namespace) -> tuple[Any, str]:
-    from clip475.studies.claims import grid_table
+    from clip475.studies.claims import _grid_table
     from clip475.studies.freezing import frozen_experiment
 
     if args.resume and not args.run:
         raise LabError("--resume goes on with an experiment; name its folder with --run DIR")
     found = frozen_experiment(args.run, "full" if args.full else "tiny", args.resume)
-    return found, f"{grid_table(found).to_string()}\n\nall of it: {found['run']}/frozen.json"
+    return found, f"{_grid_table(found).to_string()}\n\nall of it: {found['run']}/frozen.json"
 
 
 def _params(args: argparse.Namespace) -> tuple[Any, str]:

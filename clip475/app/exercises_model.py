@@ -17,7 +17,7 @@ from torch import nn
 
 from .checks import Case, Exercise, register
 from ..models.freezing import freeze
-from ..training.loss import clamp_logit_scale_, info_nce
+from ..training.loss import _clamp_logit_scale_, info_nce
 
 # %% ../../nbs/lib/app/07_exercises_model.ipynb #7b713081
 class _Head(nn.Module):
@@ -468,7 +468,7 @@ def _step(
         elif part == "step":
             optimizer.step()
         elif part == "clamp":
-            clamp_logit_scale_(model.logit_scale, 100)
+            _clamp_logit_scale_(model.logit_scale, 100)
     return loss.item() if as_number else loss
 
 

@@ -30,7 +30,7 @@ from ..evaluation.mistakes import _RULES
 from ..evaluation.retrieval import top_k
 from ..searching.index import SearchIndex
 from ..training.batches import PreparedSplit
-from ..training.runs import run_figure
+from ..training.runs import _run_figure
 
 # %% ../../nbs/lib/app/01_run_figures.ipynb #00fbef52
 def _examples(first_is_right: Sequence[bool], seed: int, each: int = 2) -> list[int]:
@@ -161,7 +161,7 @@ def _draw_figures(
         metrics = pd.read_csv(Path(run) / "metrics.csv")
         figures["loss"] = _loss_figure(metrics, config)
         figures["recall_curves"] = _recall_curves_figure(metrics)
-        figures["curves"] = run_figure(run)
+        figures["curves"] = _run_figure(run)
     for name, figure in figures.items():
         save_figure(figure, Path(run) / "figures" / f"{name}.png")
 

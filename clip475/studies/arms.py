@@ -35,7 +35,7 @@ from clip475.studies.held_out import (
 )
 from ..training.batches import _steps_per_epoch, epoch_batches
 from ..training.distributed import ProcessGroup
-from ..training.loss import batch_loss, clamp_logit_scale_
+from ..training.loss import _clamp_logit_scale_, batch_loss
 from clip475.training.meters import (
     _embedding_drift,
     _resting_bytes,
@@ -198,7 +198,7 @@ def _step(
     loss = _contrastive_loss(run, batch, lookup)
     loss.backward()
     optimizer.step()
-    clamp_logit_scale_(run.model.logit_scale, run.config.max_logit_scale)
+    _clamp_logit_scale_(run.model.logit_scale, run.config.max_logit_scale)
     return loss.item()
 
 

@@ -31,7 +31,7 @@ from clip475.models.joint import (
     projection_head,
 )
 from ..models.text import TextEncoder, encode_texts
-from ..training.loss import clamp_logit_scale_, info_nce
+from ..training.loss import _clamp_logit_scale_, info_nce
 from ..training.steps import embed_images, learning_rate_at
 
 # %% ../../nbs/lib/studies/01_text_tower.ipynb #74519f5b
@@ -90,7 +90,7 @@ def _towers_step(
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    clamp_logit_scale_(model.logit_scale, config.max_logit_scale)
+    _clamp_logit_scale_(model.logit_scale, config.max_logit_scale)
     return loss.item()
 
 # %% ../../nbs/lib/studies/01_text_tower.ipynb #d770b8f3

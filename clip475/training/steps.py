@@ -29,7 +29,7 @@ from ..models.joint import DualEncoder, build_model, parameter_groups
 from .batches import PreparedSplit, _steps_per_epoch, epoch_batches
 from .distributed import ProcessGroup, _distributed_module, _gather_rows, _no_gradient_sync
 from .large_batches import cached_backward
-from .loss import batch_loss, clamp_logit_scale_
+from .loss import _clamp_logit_scale_, batch_loss
 
 # %% ../../nbs/lib/training/05_steps.ipynb #d7497e07
 def learning_rate_at(step: int, total: int, config: LabConfig) -> float:
@@ -193,7 +193,7 @@ def train_step(
     norm = _clip_gradients(state, config)
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    clamp_logit_scale_(model.logit_scale, config.max_logit_scale)
+    _clamp_logit_scale_(model.logit_scale, config.max_logit_scale)
     if state.average is not None:
         state.average.update_parameters(model.image_encoder)
     return torch.stack([loss.detach(), norm, (-model.logit_scale.detach()).exp()])
