@@ -36,7 +36,12 @@ test: dev lint
 	$(BIN)/nbdev_test --n_workers 2 --path nbs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/browser --numprocesses 2 --dist loadfile $(ARGS)
 
-browser-test: dev lint
+lint: dev
+	$(BIN)/ruff check --quiet nbs clip475 tests bench tools
+	$(BIN)/ruff format --quiet --check nbs tests bench tools
+	$(BIN)/mypy --no-error-summary
+
+browser-test: dev
 	$(BIN)/python -m pytest -rs tests/browser $(ARGS)
 
 dev: $(VENV)/.installed-dev
