@@ -16,7 +16,7 @@ INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 export HF_HUB_OFFLINE = 1
 export MPLBACKEND = agg
 
-.PHONY: help demo test browser-test dev export readme clean
+.PHONY: help demo test lint browser-test dev export readme course clean
 .NOTPARALLEL:
 
 help:
@@ -25,14 +25,21 @@ help:
 	@echo "make dev       makes .venv with the tools and runs nothing"
 	@echo "make export    writes clip475/ from nbs/ and cleans the notebooks"
 	@echo "make readme    writes README.md from nbs/index.ipynb"
+	@echo "make course    writes the students' notebooks, nbs/course, from those with solutions"
+	@echo "make lint      looks at the code with ruff and mypy, as make test does first"
 	@echo "make clean     removes .venv and what was built; runs/ stays"
 
 demo: $(VENV)/.installed
 	$(BIN)/clip475 demo $(ARGS)
 
-test: dev
+test: dev lint
 	$(BIN)/nbdev_test --n_workers 2 --path nbs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/browser --numprocesses 2 --dist loadfile $(ARGS)
+
+lint: dev
+	$(BIN)/ruff check --quiet nbs clip475 tests bench tools
+	$(BIN)/ruff format --quiet --check nbs tests bench tools
+	$(BIN)/mypy --no-error-summary
 
 browser-test: dev
 	$(BIN)/python -m pytest -rs tests/browser $(ARGS)
@@ -45,6 +52,9 @@ export: dev
 
 readme: dev
 	$(BIN)/python tools/readme.py
+
+course: dev
+	$(BIN)/python tools/course.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis

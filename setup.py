@@ -5,10 +5,12 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit("clip475 needs Python 3.11 or newer and this is Python %d.%d: install a newer one, or name it, as in: make demo PYTHON=python3.12" % sys.version_info[:2])
 
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).resolve().parent
 config = ConfigParser(delimiters=["="], interpolation=None)
@@ -16,7 +18,21 @@ config.read(here/"settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 statuses = {"2": "2 - Pre-Alpha", "3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}
 
+
+class BuildWithCourse(build_py):
+    "A wheel holds the students' notebooks too: nbs/course/*.ipynb, as clip475/course. A checkout has them already."
+
+    def run(self):
+        super().run()
+        if not getattr(self, "editable_mode", False):
+            folder = Path(self.build_lib, "clip475", "course")
+            folder.mkdir(parents=True, exist_ok=True)
+            for notebook in sorted((here/"nbs"/"course").glob("*.ipynb")):
+                shutil.copyfile(notebook, folder/notebook.name)
+
+
 setup(
+    cmdclass={"build_py": BuildWithCourse},
     name=settings["lib_name"],
     version=settings["version"],
     description=settings["description"],
@@ -26,13 +42,14 @@ setup(
     author=settings["author"],
     author_email=settings["author_email"],
     url=settings["git_url"],
-    license="Apache-2.0 AND MIT",     # the tokenizer is made from OpenAI's table, which is MIT
-    license_files=["LICENSE", "clip475/builtin_text/LICENSE.openai-clip"],
+    # The tokenizer is made from OpenAI's table (MIT). The photographs are CC BY 2.0 or CC BY-SA 2.0, their captions CC BY 4.0.
+    license="Apache-2.0 AND MIT AND CC-BY-2.0 AND CC-BY-SA-2.0 AND CC-BY-4.0",
+    license_files=["LICENSE", "clip475/builtin_text/LICENSE.openai-clip", "clip475/photos/LICENSES.md"],
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
-    extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "faiss", "browser")},
-    packages=[settings["lib_path"]],
-    package_data={settings["lib_path"]: ["builtin_text/*"]},
+    extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "faiss", "browser", "instructors")},
+    packages=find_packages(include=[settings["lib_path"], settings["lib_path"] + ".*"]),
+    package_data={settings["lib_path"]: ["py.typed", "builtin_text/*", "photos/*", "photos/images/*"]},
     entry_points={"console_scripts": settings["console_scripts"].split()},
     classifiers=[
         "Development Status :: " + statuses[settings["status"]],

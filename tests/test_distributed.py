@@ -1,5 +1,12 @@
-"One batch over several processes: the loss and gradients of one, the same run, another number on resuming, and no hang when one dies."
-import json, os, signal, subprocess, sys, time
+"""One batch over several processes: the loss and gradients of one, the same run, another number on resuming,
+and no hang when one dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -7,71 +14,142 @@ import pytest
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["--train", "96", "--val", "16", "--set", "epochs=2", "--set", "batch_size=16", "--set", "image_size=32", "--set", "precision=fp32", "--set", "freeze_batchnorm=true", "--set", "learning_rate=0.0003"]
+SMALL = [
+    "--train",
+    "96",
+    "--val",
+    "16",
+    "--set",
+    "epochs=2",
+    "--set",
+    "batch_size=16",
+    "--set",
+    "image_size=32",
+    "--set",
+    "precision=fp32",
+    "--set",
+    "freeze_batchnorm=true",
+    "--set",
+    "learning_rate=0.0003",
+]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory): return tmp_path_factory.mktemp("place")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("place")
 
 
-def environment(place): return os.environ | {"CLIP475_CACHE": str(place/"cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+def environment(place):
+    return os.environ | {
+        "CLIP475_CACHE": str(place / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "TQDM_DISABLE": "1",
+    }
 
 
-def torchrun(place, count, *argv): return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *map(str, argv)]
+def torchrun(place, count, *argv):
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={count}",
+        *map(str, argv),
+    ]
 
 
 def run(place, *command, code=0):
-    done = subprocess.run(command, cwd=place, env=environment(place), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        command, cwd=place, env=environment(place), capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == code, (done.stdout[-1000:], done.stderr[-3000:])
     return done
 
 
-# the lab's own model, frozen statistics: a batch over N processes against the same batch in one, plain and with gradient caching
-EQUAL = '''
+# the lab's own model, frozen statistics: a batch over N processes against the same batch in one,
+# plain and with gradient caching
+EQUAL = """
 import json, sys, torch
 from pathlib import Path
-from clip475.core import LabConfig
-from clip475.distributed import Processes, first_goes_first, processes
-from clip475.train import epoch_batches, prepare_data, start_training, train_step, training_mode
+from clip475.core.config import LabConfig
+from clip475.training.distributed import ProcessGroup, _main_process_first, join_processes
+from clip475.training.batches import epoch_batches, prepare_data
+from clip475.training.steps import start_training, train_step, _set_training_mode
 
 torch.set_num_threads(1)
-base = LabConfig.from_preset("tiny", train_images=64, val_images=16, epochs=1, batch_size=32, image_size=32, precision="fp32", freeze_batchnorm=True)
+base = LabConfig.from_preset(
+    "tiny",
+    train_images=64,
+    val_images=16,
+    epochs=1,
+    batch_size=32,
+    image_size=32,
+    precision="fp32",
+    freeze_batchnorm=True,
+)
 
-def first_step(config, us):
-    state = start_training(config, us)
-    state.optimizer.step = lambda *a, **k: None        # keep the gradients, leave the weights
-    training_mode(state.model, config)
-    pixels, texts, rows, text_rows = next(iter(epoch_batches(train, config, 0, us)))
+
+def first_step(config, process_group):
+    state = start_training(config, process_group)
+    state.optimizer.step = lambda *a, **k: None  # keep the gradients, leave the weights
+    _set_training_mode(state.model, config)
+    pixels, texts, rows, text_rows = next(iter(epoch_batches(train, config, 0, process_group)))
     numbers = train_step(state, pixels, texts, rows, 1e-3, config, text_rows)
     return numbers.tolist(), {n: p.grad for n, p in state.model.named_parameters() if p.grad is not None}
 
+
 found = {}
-with processes() as us:
-    with first_goes_first(us): train, val = prepare_data(base, progress=False)
-    for name, fields in {"plain": {}, "micro_batch": {"micro_batch": 3}, "siglip": {"loss": "siglip"}, "captions": {"loss": "multi-positive", "captions_per_image": 2}, "clipped": {"clip_grad_norm": .5}}.items():
+with join_processes() as process_group:
+    with _main_process_first(process_group):
+        train, val = prepare_data(base, progress=False)
+    for name, fields in {
+        "plain": {},
+        "micro_batch": {"micro_batch": 3},
+        "siglip": {"loss": "siglip"},
+        "captions": {"loss": "multi-positive", "captions_per_image": 2},
+        "clipped": {"clip_grad_norm": 0.5},
+    }.items():
         config = base.replace(**fields)
-        numbers, grads = first_step(config, us)
-        if us.first:
-            alone, expected = first_step(config.replace(micro_batch=None), Processes(device=torch.device("cpu")))
+        numbers, grads = first_step(config, process_group)
+        if process_group.is_main:
+            alone, expected = first_step(
+                config.replace(micro_batch=None), ProcessGroup(device=torch.device("cpu"))
+            )
             largest = max(g.abs().max().item() for g in expected.values())
-            found[name] = {"same parameters": grads.keys() == expected.keys(), "loss": abs(numbers[0] - alone[0]), "norm": abs(numbers[1] - alone[1])/alone[1],
-                           "gradient": max((grads[n] - g).abs().max().item() for n, g in expected.items())/largest, "scalars": sorted(n for n in grads if n.startswith("logit"))}
-if us.first: Path(sys.argv[1]).write_text(json.dumps(found))
-'''
+            found[name] = {
+                "same parameters": grads.keys() == expected.keys(),
+                "loss": abs(numbers[0] - alone[0]),
+                "norm": abs(numbers[1] - alone[1]) / alone[1],
+                "gradient": max((grads[n] - g).abs().max().item() for n, g in expected.items()) / largest,
+                "scalars": sorted(n for n in grads if n.startswith("logit")),
+            }
+if process_group.is_main:
+    Path(sys.argv[1]).write_text(json.dumps(found))
+"""
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_loss_and_gradients_are_those_of_one_process(place, count):
-    (place/"equal.py").write_text(EQUAL)
+    (place / "equal.py").write_text(EQUAL)
     run(place, *torchrun(place, count, "equal.py", f"found-{count}.json"))
-    found = json.loads((place/f"found-{count}.json").read_text())
+    found = json.loads((place / f"found-{count}.json").read_text())
     assert set(found) == {"plain", "micro_batch", "siglip", "captions", "clipped"}
     for name, f in found.items():
-        assert f["same parameters"] and f["loss"] < 1e-4 and f["norm"] < 1e-4 and f["gradient"] < 1e-4, (name, f)
-        assert f["scalars"] == (["logit_bias", "logit_scale"] if name == "siglip" else ["logit_scale"]), (name, f)
+        assert f["same parameters"] and f["loss"] < 1e-4 and f["norm"] < 1e-4 and f["gradient"] < 1e-4, (
+            name,
+            f,
+        )
+        assert f["scalars"] == (["logit_bias", "logit_scale"] if name == "siglip" else ["logit_scale"]), (
+            name,
+            f,
+        )
 
 
-def losses(place, name): return pd.read_csv(place/name/"steps.csv").loss.to_numpy()
+def losses(place, name):
+    return pd.read_csv(place / name / "steps.csv").loss.to_numpy()
 
 
 @pytest.fixture(scope="module")
@@ -82,66 +160,117 @@ def alone(place):
 
 def test_a_run_over_two_processes_is_the_run_of_one(place, alone):
     done = run(place, *torchrun(place, 2, "-m", "clip475", "train", *SMALL, "--run-folder", "two", "--json"))
-    results = json.loads(done.stdout)                          # one object, from the first process alone
+    results = json.loads(done.stdout)  # one object, from the first process alone
     assert results["training"]["processes"] == 2 and len(alone) == 12
-    assert abs(losses(place, "two") - alone).max() < 1e-2      # rounding grows over twelve steps of AdamW
-    assert (place/"two"/"report.md").is_file()
+    assert abs(losses(place, "two") - alone).max() < 1e-2  # rounding grows over twelve steps of AdamW
+    assert (place / "two" / "report.md").is_file()
 
 
 def test_resuming_with_another_number_of_processes(place, alone):
-    script = '''
+    script = """
 import sys, torch
-from clip475.core import LabConfig
-from clip475.distributed import processes
-from clip475.runs import fit
-from clip475.train import prepare_data
+from clip475.core.config import LabConfig
+from clip475.training.distributed import join_processes
+from clip475.training.runs import fit
+from clip475.training.batches import prepare_data
+
 config = LabConfig.load("alone/config.json")
-def stop_after_one(state): raise SystemExit
-with processes() as us: fit(config, *prepare_data(config, progress=False), "half", progress=False, us=us, watch=stop_after_one)
-'''
-    (place/"half.py").write_text(script)
+
+
+def stop_after_one(state):
+    raise SystemExit
+
+
+with join_processes() as process_group:
+    fit(
+        config,
+        *prepare_data(config, progress=False),
+        "half",
+        progress=False,
+        process_group=process_group,
+        watch=stop_after_one,
+    )
+"""
+    (place / "half.py").write_text(script)
     run(place, sys.executable, "half.py")
-    assert len(pd.read_csv(place/"half"/"metrics.csv")) == 1
+    assert len(pd.read_csv(place / "half" / "metrics.csv")) == 1
     run(place, *torchrun(place, 2, "-m", "clip475", "train", "--resume", "--run-folder", "half"))
     mine = losses(place, "half")
     assert len(mine) == 12 and (mine[:6] == alone[:6]).all() and abs(mine - alone).max() < 1e-2
-    assert load_file(place/"half"/"model.safetensors").keys() == load_file(place/"alone"/"model.safetensors").keys()
+    assert (
+        load_file(place / "half" / "model.safetensors").keys()
+        == load_file(place / "alone" / "model.safetensors").keys()
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
 def test_one_process_dies_and_the_run_ends_with_a_word(place, alone):
     "By itself: without torchrun's watchdog, the survivor must find out and say so."
-    script = '''
+    script = """
 import os, signal, sys, torch
-from clip475.core import LabConfig, LabError
-from clip475.distributed import processes
-from clip475.runs import fit
-from clip475.train import prepare_data
-import clip475.runs as runs
+from clip475.core.config import LabConfig
+from clip475.core.files import LabError
+from clip475.training.distributed import join_processes
+from clip475.training.runs import fit
+from clip475.training.batches import prepare_data
+import clip475.training.runs as runs
+
 torch.set_num_threads(1)
-config = LabConfig.from_preset("tiny", train_images=64, val_images=16, epochs=50, batch_size=16, image_size=32)
+config = LabConfig.from_preset(
+    "tiny", train_images=64, val_images=16, epochs=50, batch_size=16, image_size=32
+)
 try:
-    with processes(minutes=1) as us:
+    with join_processes(minutes=1) as process_group:
         real = runs.train_epoch
+
         def train_epoch(state, *args):
-            if state.epoch == 1 and us.rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+            if state.epoch == 1 and process_group.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
             return real(state, *args)
+
         runs.train_epoch = train_epoch
-        fit(config, *prepare_data(config, progress=False), "dying", progress=False, us=us)
-except LabError as e: sys.exit(f"clip475: {e}")
-'''
-    (place/"dying.py").write_text(script)
-    start, joined = time.monotonic(), {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    pair = [subprocess.Popen([sys.executable, "dying.py"], cwd=place, env=environment(place) | joined | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for r in range(2)]
-    try: said = [p.communicate(timeout=200)[1] for p in pair]
-    finally: [p.kill() for p in pair if p.poll() is None]
+        fit(
+            config,
+            *prepare_data(config, progress=False),
+            "dying",
+            progress=False,
+            process_group=process_group,
+        )
+except LabError as e:
+    sys.exit(f"clip475: {e}")
+"""
+    (place / "dying.py").write_text(script)
+    start, joined = (
+        time.monotonic(),
+        {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"},
+    )
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "dying.py"],
+            cwd=place,
+            env=environment(place) | joined | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(2)
+    ]
+    try:
+        said = [p.communicate(timeout=200)[1] for p in pair]
+    finally:
+        [p.kill() for p in pair if p.poll() is None]
     assert pair[1].returncode == -signal.SIGKILL and pair[0].returncode == 1
-    assert "has lost the others" in said[0] and "--resume" in said[0] and "Traceback" not in said[0], said[0][-2000:]
-    assert time.monotonic() - start < 200 and len(pd.read_csv(place/"dying"/"metrics.csv")) == 1      # what was finished is kept
+    assert "has lost the others" in said[0] and "--resume" in said[0] and "Traceback" not in said[0], said[0][
+        -2000:
+    ]
+    assert (
+        time.monotonic() - start < 200 and len(pd.read_csv(place / "dying" / "metrics.csv")) == 1
+    )  # what was finished is kept
 
 
 def free_port():
     import socket
+
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

@@ -1,87 +1,174 @@
-"A run that is killed with SIGKILL again and again, in the middle of writing too, ends with the bits of the run that was never killed."
-import json, os, subprocess, sys
+"""A run that is killed with SIGKILL again and again, in the middle of writing too, ends with the bits of the
+run that was never killed."""
+
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# One process imports everything once and forks a child for each attempt: twenty starts of Python would take minutes.
-SCRIPT = '''
+# One process imports everything once and forks a child for each attempt:
+# twenty starts of Python would take minutes.
+SCRIPT = """
 import json, os, random, signal, sys, time, traceback
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
-from clip475.core import LabConfig
-from clip475.report import recall_columns
-from clip475.runs import checkpoint_files, fit
-from clip475.train import prepare_data
+from clip475.core.config import LabConfig
+from clip475.app.report import _recall_columns
+from clip475.training.checkpoints import _checkpoint_files
+from clip475.training.runs import fit
+from clip475.training.batches import prepare_data
 import pandas as pd
 
 place, rng, kills = Path(sys.argv[1]), random.Random(int(sys.argv[2])), int(sys.argv[3])
 torch.set_num_threads(1)
-config = LabConfig.from_preset("tiny", train_images=128, val_images=32, epochs=6, batch_size=16, image_size=32, ema_decay=.9, augment="crop+jitter", checkpoint_steps=1)
+config = LabConfig.from_preset(
+    "tiny",
+    train_images=128,
+    val_images=32,
+    epochs=6,
+    batch_size=16,
+    image_size=32,
+    ema_decay=0.9,
+    augment="crop+jitter",
+    checkpoint_steps=1,
+)
 train, val = prepare_data(config, progress=False)
+
 
 def child(run, resume, fields):
     pid = os.fork()
-    if pid: return pid
-    try: fit(config.replace(**fields), train, val, run, resume=resume, measure=recall_columns, progress=False)
-    except BaseException: traceback.print_exc(); os._exit(1)
+    if pid:
+        return pid
+    try:
+        fit(
+            config.replace(**fields),
+            train,
+            val,
+            run,
+            resume=resume,
+            measure=_recall_columns,
+            progress=False,
+        )
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
     os._exit(0)
+
 
 def ended(pid):
     done, status = os.waitpid(pid, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if done else None
 
-whole, killed = place/"whole", place/"killed"
+
+whole, killed = place / "whole", place / "killed"
 assert os.waitstatus_to_exitcode(os.waitpid(child(whole, False, {"checkpoint_steps": None}), 0)[1]) == 0
 
-def newest(): return max([int(f.stem[5:]) for f in checkpoint_files(killed)], default=-1)
+
+def newest():
+    return max([int(f.stem[5:]) for f in _checkpoint_files(killed)], default=-1)
+
 
 def wait_and_kill(pid, while_writing):
-    "Kill after a few more checkpoints, or while the next one is being written. Returns its exit code if it ended by itself."
+    "Kill after a few more checkpoints, or while the next one is being written. Returns its exit code if "
+    "it ended by itself."
     target, until = newest() + rng.randrange(1, 3), time.monotonic() + 60
-    while newest() < target and (code := ended(pid)) is None and time.monotonic() < until: time.sleep(.002)
+    while newest() < target and (code := ended(pid)) is None and time.monotonic() < until:
+        time.sleep(0.002)
     if while_writing:
-        while not list((killed/"checkpoint").glob(".part-*")) and (code := ended(pid)) is None and time.monotonic() < until: time.sleep(.0005)
-        writing = bool(list((killed/"checkpoint").glob(".part-*")))
+        while (
+            not list((killed / "checkpoint").glob(".part-*"))
+            and (code := ended(pid)) is None
+            and time.monotonic() < until
+        ):
+            time.sleep(0.0005)
+        writing = bool(list((killed / "checkpoint").glob(".part-*")))
     else:
-        time.sleep(rng.uniform(0, .15))
+        time.sleep(rng.uniform(0, 0.15))
         writing = False
-    if (code := ended(pid)) is not None: return code, False
+    if (code := ended(pid)) is not None:
+        return code, False
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return None, writing
 
+
 count = writing = 0
 steps_at_kill = []
 while True:
-    pid = child(killed, (killed/"config.json").exists() and newest() >= 0, {})
-    if count < kills: code, w = wait_and_kill(pid, count % 2 == 1)
-    else: code, w = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), False
-    if code is not None: break
+    pid = child(killed, (killed / "config.json").exists() and newest() >= 0, {})
+    if count < kills:
+        code, w = wait_and_kill(pid, count % 2 == 1)
+    else:
+        code, w = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), False
+    if code is not None:
+        break
     count, writing = count + 1, writing + w
     steps_at_kill.append(newest())
 
-a, b = (load_file(p/"model.safetensors") for p in (whole, killed))
-x, y = (pd.read_csv(p/"metrics.csv").drop(columns=["images_per_second", "train_seconds", "val_seconds"]) for p in (whole, killed))
-s, t = (torch.load(checkpoint_files(p)[0], weights_only=True) for p in (whole, killed))
-def equal(m, n): return m.keys() == n.keys() and all(torch.equal(v, n[k]) for k, v in m.items())
-print(json.dumps({"kills": count, "while writing": writing, "exit": code, "at": steps_at_kill, "best model": equal(a, b), "metrics": x.equals(y), "steps": pd.read_csv(whole/"steps.csv").equals(pd.read_csv(killed/"steps.csv")),
-                  "last model": equal(s["model"], t["model"]), "average": equal(s["average"], t["average"]), "optimizer": s["optimizer"]["param_groups"] == t["optimizer"]["param_groups"] and all(equal(v, t["optimizer"]["state"][i]) for i, v in s["optimizer"]["state"].items()),
-                  "left over": len(list(killed.rglob(".part-*"))), "checkpoints": len(checkpoint_files(killed))}))
-'''
+a, b = (load_file(p / "model.safetensors") for p in (whole, killed))
+x, y = (
+    pd.read_csv(p / "metrics.csv").drop(columns=["images_per_second", "train_seconds", "val_seconds"])
+    for p in (whole, killed)
+)
+s, t = (torch.load(_checkpoint_files(p)[0], weights_only=True) for p in (whole, killed))
+
+
+def equal(m, n):
+    return m.keys() == n.keys() and all(torch.equal(v, n[k]) for k, v in m.items())
+
+
+print(
+    json.dumps(
+        {
+            "kills": count,
+            "while writing": writing,
+            "exit": code,
+            "at": steps_at_kill,
+            "best model": equal(a, b),
+            "metrics": x.equals(y),
+            "steps": pd.read_csv(whole / "steps.csv").equals(pd.read_csv(killed / "steps.csv")),
+            "last model": equal(s["model"], t["model"]),
+            "average": equal(s["average"], t["average"]),
+            "optimizer": s["optimizer"]["param_groups"] == t["optimizer"]["param_groups"]
+            and all(equal(v, t["optimizer"]["state"][i]) for i, v in s["optimizer"]["state"].items()),
+            "left over": len(list(killed.rglob(".part-*"))),
+            "checkpoints": len(_checkpoint_files(killed)),
+        }
+    )
+)
+"""
 
 
 @pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="needs fork")
 def test_killed_at_twenty_moments(tmp_path):
-    (tmp_path/"kill.py").write_text(SCRIPT)
-    environment = os.environ | {"CLIP475_CACHE": str(tmp_path/"cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(tmp_path/"kill.py"), str(tmp_path), "475", "20"], env=environment, capture_output=True, text=True, timeout=500)
+    (tmp_path / "kill.py").write_text(SCRIPT)
+    environment = os.environ | {
+        "CLIP475_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "kill.py"), str(tmp_path), "475", "20"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["kills"] == 20 and found["while writing"] >= 5 and found["exit"] == 0, (found, done.stderr[-2000:])
-    assert len(set(found["at"])) >= 15, found     # at many different steps
-    for what in ("best model", "last model", "average", "optimizer", "metrics", "steps"): assert found[what], (what, found)
+    assert found["kills"] == 20 and found["while writing"] >= 5 and found["exit"] == 0, (
+        found,
+        done.stderr[-2000:],
+    )
+    assert len(set(found["at"])) >= 15, found  # at many different steps
+    for what in ("best model", "last model", "average", "optimizer", "metrics", "steps"):
+        assert found[what], (what, found)
     assert found["left over"] == 0 and found["checkpoints"] == 2, found

@@ -1,7 +1,11 @@
 "Says in one sentence when torch and torchvision, freshly installed, do not import together."
+
 import sys
 
-from clip475.core import LabError, check_torch
+from clip475.core.devices import _check_torch
+from clip475.core.files import LabError
 
-try: check_torch()
-except LabError as problem: sys.exit(f"clip475: {problem}")
+try:
+    _check_torch()
+except LabError as problem:
+    sys.exit(f"clip475: {problem}")

@@ -1,0 +1,1 @@
+"The command line, the report, the panels and the course."

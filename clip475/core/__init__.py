@@ -1,0 +1,1 @@
+"Configuration, errors, seeds, devices and figures: what every other package uses."

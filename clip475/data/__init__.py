@@ -1,0 +1,1 @@
+"Images and captions: scenes, photographs, COCO, splits, download, pixels, tokens and caches."

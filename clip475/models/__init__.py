@@ -1,0 +1,1 @@
+"Image towers, text towers, the joint model, parameter tables and freezing."
