@@ -194,11 +194,31 @@ def pages(jupyterlab, browser):
     for name in NOTEBOOKS:
         shutil.copy(ROOT / "nbs/lib/app" / f"{name}.ipynb", work)
     pages = {name: open_notebook(context, address, name) for name in NOTEBOOKS}
-    for page in pages.values():
+    run_all(pages.values())
+    return pages
+
+
+def run_all(pages):
+    "Run every cell of each notebook, all of them at once, and wait until they are done."
+    for page in pages:
         page.evaluate(
             "{ window.ran = null;"
             " jupyterapp.commands.execute('notebook:run-all-cells').then(() => ran = true) }"
         )
-    for page in pages.values():
+    for page in pages:
         page.wait_for_function("ran", timeout=240_000)
-    return pages
+
+
+@pytest.fixture(scope="session")
+def lesson(jupyterlab, browser):
+    "A function that copies a student's lesson, opens it in JupyterLab, and runs it from top to bottom."
+    address, work = jupyterlab
+    context = browser.new_context(viewport={"width": 1400, "height": 1000})
+
+    def open_lesson(name):
+        shutil.copy(ROOT / "nbs" / "course" / f"{name}.ipynb", work)
+        page = open_notebook(context, address, name)
+        run_all([page])
+        return page
+
+    return open_lesson
