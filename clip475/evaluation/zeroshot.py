@@ -259,16 +259,15 @@ def plot_intervals(
     xlabel: str = "accuracy",
     chance: Mapping[str, float] | None = None,
     title: str | None = None,
+    label: str = "accuracy, 95 % interval",
 ) -> Figure:
     """Dots with 95 % intervals, name → (mean, low, high), and for each a tick at its level of `chance`
-    (name → value)."""
+    (name → value). `label` names the dots in the legend."""
     fig, ax = plt.subplots(figsize=(5.6, 0.9 + 0.34 * len(rows)), layout="constrained")
     means, lows, highs = np.array(list(rows.values())).T
     at = np.arange(len(rows))
     bars = [means - lows, highs - means]
-    ax.errorbar(
-        means, at, xerr=bars, fmt="o", color=PALETTE["blue"], capsize=3, label="accuracy, 95 % interval"
-    )
+    ax.errorbar(means, at, xerr=bars, fmt="o", color=PALETTE["blue"], capsize=3, label=label)
     if chance:
         ticks: dict[str, Any] = {"color": PALETTE["vermillion"], "markersize": 14, "markeredgewidth": 2.5}
         ax.plot([chance[name] for name in rows], at, "|", label="chance", **ticks)
