@@ -43,6 +43,12 @@ def _by_sorting(similarity, caption_image, k):
     return hits.any(1).double().mean().item()
 
 
+def _by_topk(similarity, caption_image, k):
+    nearest = similarity.topk(min(k, similarity.shape[1]), dim=1).indices
+    hits = caption_image[nearest] == torch.arange(len(similarity))[:, None]
+    return hits.any(1).double().mean().item()
+
+
 def _lowest_first(similarity, caption_image, k):
     return _recall_at_k(-similarity, caption_image, k)
 
@@ -106,6 +112,9 @@ register(
             "It looks as if you sorted the scores. Sorting puts equal scores in an arbitrary "
             "order, and here a model that gives all captions the same score gets hits. Count "
             "the wrong captions that score at least as high as the best right one.": _by_sorting,
+            "It looks as if you used `topk`. It puts equal scores in an arbitrary order, and "
+            "here a model that gives all captions the same score gets hits. Count the wrong "
+            "captions that score at least as high as the best right one.": _by_topk,
             "It looks as if you sorted from low to high. The most similar caption has the "
             "highest score.": _lowest_first,
             "Equal scores count in favour of the model here. A model that gives all captions "
@@ -278,7 +287,7 @@ register(
         hint="Encode all templates of one class, normalise, average, and normalise again.",
         mistakes={
             "The average is not normalised again. The mean of unit vectors is shorter than "
-            "1, so a class whose templates disagree gets lower scores for every image. "
+            "1, so a class whose templates disagree gets scores closer to 0 than the others. "
             "Finish with `F.normalize`.": _mean_not_normalised,
             "The template embeddings are not normalised before you average. A longer "
             "embedding then counts more. Normalise each one first.": _parts_not_normalised,
