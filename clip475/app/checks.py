@@ -468,7 +468,9 @@ def _problem(exercise: Exercise, case: Case, mine: _Answer, right: _Answer) -> l
     if isinstance(right.value, Mapping) and isinstance(mine.value, Mapping) and difference:
         return [f"with {case.words}: {difference}"]
     came = "you returned" if exercise.run is None else "the result is"
-    first = f"with {case.words} {came} {_short(mine.value)}; expected {_short(right.value)}."
+    got, expected = _short(mine.value), _short(right.value)
+    wanted = "other values" if got == expected else expected
+    first = f"with {case.words} {came} {got}; expected {wanted}."
     return [first, difference] if difference else [first]
 
 

@@ -144,6 +144,10 @@ _COUNTING_MISTAKES: dict[str, Callable] = {
     "It looks as if you counted `state_dict()`. It also holds buffers, such as the running "
     "statistics of BatchNorm, and its tensors never require a gradient. Use "
     "`model.parameters()`.": lambda m: _count(list(m.state_dict().values())),
+    "Your total holds buffers as well, as `state_dict()` does. Add up `model.parameters()`.": lambda m: (
+        _count(list(m.state_dict().values()))[0],
+        _count_parameters(m)[1],
+    ),
     "It looks as if you did not look into inner modules. `model.parameters()` does that for "
     "you.": _count_outermost,
     "It looks as if a tensor that two layers share was counted twice. `model.parameters()` gives it "
