@@ -48,3 +48,29 @@ def test_every_relative_link_leads_somewhere():
             assert (ROOT / target).exists() or Path(target).name in figures, (
                 f"README.md links to {target}, which is not there"
             )
+
+
+def test_the_table_of_lessons_is_that_of_the_lessons():
+    import re
+
+    import nbformat
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lessons = sorted((ROOT / "nbs" / "course" / "solutions").glob("[0-9]*.ipynb"))
+    assert len(lessons) == 13
+    for path in lessons:
+        top = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells[:3])
+        title = re.search(r"^# (.+)$", top, re.MULTILINE).group(1)
+        minutes = " + ".join(re.findall(r"\*\* (\d+) minutes", top))
+        row = next(
+            (line for line in text.splitlines() if f"(nbs/course/{path.name})" in line and "| [" in line), ""
+        )
+        assert f"[{title}]" in row and f"| {minutes} |" in row, (
+            f"README.md: the row of {path.stem} is stale: run nbs/index.ipynb, then `make readme`"
+        )
+
+
+def test_the_table_of_the_library_names_every_notebook():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "nbs" / "lib").glob("*/[0-9]*.ipynb"):
+        assert f"({path.relative_to(ROOT).as_posix()})" in text, "run nbs/index.ipynb, then `make readme`"
