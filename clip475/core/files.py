@@ -9,6 +9,7 @@ __all__ = ['LabError', 'error_message', 'read_json', 'write_text', 'write_json',
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -24,8 +25,24 @@ _AnyPath = str | os.PathLike[str]
 _T = TypeVar("_T")
 
 # %% ../../nbs/lib/core/01_files.ipynb #f44ea33d
+_INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def _visible(text: str, keep: str = "") -> str:
+    """`text` with every control character written out, such as \\x1b, but for those in `keep`.
+
+    So are marks that turn the direction of writing, and surrogates: halves of a character, and bytes of a
+    file name that are no UTF-8. What is visible stays as it is, so doing it twice changes nothing."""
+    return _INVISIBLE.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], text)
+
+
 class LabError(ValueError):
-    "A mistake in the input, explained in one sentence that names the file, the entry and what to do."
+    """A mistake in the input, explained in one sentence that names the file, the entry and what to do.
+
+    Control characters in a path or a caption are written out, since the sentence is read in a terminal."""
+
+    def __str__(self) -> str:
+        return _visible(super().__str__(), keep="\n")
 
 # %% ../../nbs/lib/core/01_files.ipynb #90668c1e
 def error_message(text: str, function: Callable, *args: Any, **kwargs: Any) -> str:
@@ -58,6 +75,10 @@ def read_json(path: _AnyPath) -> Any:
         problem = f"line {e.lineno}: {e.msg}"
     except UnicodeDecodeError:
         problem = "its bytes are no UTF-8 text"
+    except RecursionError:
+        problem = "its lists are nested too deeply to be read"
+    except ValueError:
+        problem = "it holds a number with thousands of digits"
     raise LabError(f"{path}: this is not JSON ({problem}); correct the file or fetch it again")
 
 # %% ../../nbs/lib/core/01_files.ipynb #2f537262
@@ -88,14 +109,20 @@ def _atomic_path(path: _AnyPath) -> Iterator[Path]:
 
 # %% ../../nbs/lib/core/01_files.ipynb #76de7cc0
 def write_text(path: _AnyPath, text: str) -> None:
-    "Write `text` to `path`, whole or not at all."
+    "Write `text` to `path`, whole or not at all; half an emoji, which no file can hold, as \\ud83d."
     with _atomic_path(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _to_json(value: Any) -> str:
+    "JSON that a person can read; control characters are escaped, and come back when it is read."
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return _INVISIBLE.sub(lambda m: m[0] if m[0] == "\n" else f"\\u{ord(m[0]):04x}", text)
 
 
 def write_json(path: _AnyPath, value: Any) -> None:
     "Write `value` to `path` as JSON that a person can read, whole or not at all."
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, _to_json(value) + "\n")
 
 
 def save_tensors(
