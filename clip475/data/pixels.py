@@ -8,14 +8,16 @@ __all__ = ['load_image', 'resize_square', 'normalize', 'preprocess', 'augment']
 # %% ../../nbs/lib/data/07_pixels.ipynb #10ff27bd
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile
 
 from ..core.config import CLIP_MEAN, CLIP_STD, LabConfig
 from ..core.files import LabError, _check_choice
@@ -28,10 +30,10 @@ _AnyPath = str | os.PathLike[str]
 # %% ../../nbs/lib/data/07_pixels.ipynb #06fc8a70
 def _from_16_bits(image: Image.Image) -> Image.Image:
     "16-bit grey scaled to 8 bits."
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("its 32-bit values have no fixed range; save it with 8 or 16 bits")
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def _over_white(image: Image.Image) -> Image.Image:
@@ -51,10 +53,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 # %% ../../nbs/lib/data/07_pixels.ipynb #96760ec3
 class _BadImage(LabError):
-    "An image that cannot be used: its `.path` and the `.reason`, in words."
+    """An image that cannot be used: its `.path` and the `.reason`, in words.
 
-    def __init__(self, path: _AnyPath, reason: str) -> None:
-        self.path, self.reason = path, reason
+    `.lasting`: the file itself is at fault, so that it need not be tried again until it changes."""
+
+    def __init__(self, path: _AnyPath, reason: str, lasting: bool = True) -> None:
+        self.path, self.reason, self.lasting = path, reason, lasting
         super().__init__(
             f"{path}: this picture does not decode ({reason}); "
             "fetch the file again or delete it, and the split goes on without it"
@@ -74,27 +78,96 @@ def _why(path: _AnyPath, error: Exception) -> str:
     return f"it begins with {start!r}, as no picture does" if start else "the file is empty"
 
 # %% ../../nbs/lib/data/07_pixels.ipynb #7982381d
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")  # bytes 8 to 12 of a file
+
+
+@lru_cache
+def _known_formats() -> tuple[str, ...]:
+    "Those of `_FORMATS` that the installed Pillow reads."
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _start_of(source: _AnyPath | IO[bytes]) -> bytes:
+    "The first twelve bytes of a file."
+    if isinstance(source, (str, os.PathLike)):
+        with open(source, "rb") as f:
+            return f.read(12)
+    source.seek(0)
+    return source.read(12)
+
+
+def _open_picture(source: _AnyPath | IO[bytes]) -> Image.Image:
+    "`Image.open` for the formats that pictures have, HEIC among them where pillow-heif is installed."
+    try:
+        return Image.open(source, formats=_known_formats())
+    except Image.UnidentifiedImageError:
+        start = _start_of(source)
+        if start[4:8] != b"ftyp" or start[8:] not in _HEIC:
+            raise
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise ImportError("it is HEIC; to read it: pip install pillow-heif") from None
+    register_heif_opener()
+    return Image.open(source, formats=["HEIF"])
+
+# %% ../../nbs/lib/data/07_pixels.ipynb #86e905b6
 _MOST_PIXELS = 89_478_485  # a quarter of a gigabyte as RGB: PIL's own limit
-
-
-def _decode(path: _AnyPath, least: int | None) -> Image.Image:
-    with Image.open(path) as image:
-        if image.width * image.height > _MOST_PIXELS:
-            raise ValueError(
-                f"{image.width:,} × {image.height:,} pixels are more than {_MOST_PIXELS:,}: "
-                "a decompression bomb"
-            )
-        if least:
-            image.draft(None, (least, least))  # see “Decoding a JPEG at a fraction” below
-        image.load()
-        return _upright_rgb(image)
+_LARGE = 12_000_000  # decoded pixels; above it, one picture at a time
+_ONE_LARGE = Lock()
+_TURNS = {  # EXIF's orientation → what turns the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     "The image turned as its EXIF note says, in RGB."
-    if image.getexif().get(0x0112, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    return _to_rgb(image)
+    image.load()
+    try:
+        turn = _TURNS.get(image.getexif().get(0x0112, 1))
+    except Exception:  # the note is broken, in one of a dozen ways
+        turn = None
+    return _to_rgb(image if turn is None else image.transpose(turn))
+
+
+def _may_pass(error: Exception) -> bool:
+    "Whether the same file may decode another time: what failed is the disk, the memory or a missing package."
+    by_system = getattr(error, "errno", None) is not None
+    return by_system or isinstance(error, (ImportError, MemoryError)) or "memory" in str(error).lower()
+
+
+@contextmanager
+def _opened(path: _AnyPath, least: int | None, file: IO[bytes] | None = None) -> Iterator[Image.Image]:
+    "The image in `path` (or in the open `file`), ready to decode; every error becomes a `_BadImage`."
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise LabError(
+            "PIL's ImageFile.LOAD_TRUNCATED_IMAGES is on, which makes half pictures pass for whole ones; "
+            "set it to False"
+        )
+    try:
+        with _open_picture(file or path) as image:
+            pixels = image.width * image.height
+            if pixels > _MOST_PIXELS:
+                raise ValueError(
+                    f"{image.width:,} × {image.height:,} pixels are more than {_MOST_PIXELS:,}: "
+                    "a decompression bomb"
+                )
+            if least:
+                image.draft(None, (least, least))  # see “Decoding a JPEG at a fraction” below
+            if not image.info.get("progressive"):  # such a JPEG is held whole even then
+                pixels = image.width * image.height
+            with _ONE_LARGE if pixels > _LARGE else nullcontext():
+                yield image
+    except Exception as error:
+        raise _BadImage(path, _why(path, error), not _may_pass(error)) from None
 
 
 def load_image(path: _AnyPath, least: int | None = None) -> Image.Image:
@@ -103,15 +176,8 @@ def load_image(path: _AnyPath, least: int | None = None) -> Image.Image:
     With `least`, a JPEG may be decoded at a half, a quarter or an eighth, with no side shorter than `least`
     pixels (unless it was). Raises `_BadImage`, a `LabError` that names the file, for anything that does not
     decode as a whole; no other image ever takes its place."""
-    if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise LabError(
-            "PIL's ImageFile.LOAD_TRUNCATED_IMAGES is on, which makes half pictures pass for whole ones; "
-            "set it to False"
-        )
-    try:
-        return _decode(path, least)
-    except Exception as error:
-        raise _BadImage(path, _why(path, error)) from None
+    with _opened(path, least) as image:
+        return _upright_rgb(image)
 
 # %% ../../nbs/lib/data/07_pixels.ipynb #29409783
 def resize_square(image: Image.Image, size: int) -> np.ndarray:
@@ -122,6 +188,12 @@ def resize_square(image: Image.Image, size: int) -> np.ndarray:
     x = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, 3, H, W)
     x = F.interpolate(x, (size, size), mode="bicubic", antialias=True)[0]  # (3, S, S)
     return x.permute(1, 2, 0).contiguous().numpy()
+
+
+def _read_square(path: _AnyPath, size: int, file: IO[bytes] | None = None) -> np.ndarray:
+    "The image in `path` (or in the open `file`) as the network sees it, (S, S, 3) uint8; or `_BadImage`."
+    with _opened(path, size, file) as image:
+        return resize_square(_upright_rgb(image), size)
 
 # %% ../../nbs/lib/data/07_pixels.ipynb #213f03ed
 @lru_cache
