@@ -450,12 +450,12 @@ def test_dealing(data, n, seed):
         counts[name] = data.draw(st.integers(0, left))
         left -= counts[name]
     counts = {name: counts[name] for name in ("val", "train", "test")}
-    parts = _deal(n, counts, seed)
+    parts = _deal(range(n), counts, seed)
     assert [len(parts[s]) for s in counts] == list(counts.values())
     every = np.concatenate(list(parts.values()))
     assert len(set(every)) == len(every) and set(every) <= set(range(n))
     bad = set(data.draw(st.lists(st.integers(0, n - 1), max_size=left)))
-    mended = _deal(n, counts, seed, bad)
+    mended = _deal(range(n), counts, seed, bad)
     for name in counts:
         assert len(mended[name]) == counts[name] and set(parts[name]) - bad <= set(mended[name])
     assert not bad & set(np.concatenate(list(mended.values())))
@@ -604,7 +604,8 @@ def test_a_csv_that_is_refused(tmp_path, text, expected):
 
 
 def test_a_csv_in_another_encoding(tmp_path):
-    (tmp_path / "mine.csv").write_bytes("file_name,caption\na.jpg,ein B\xe4r\n".encode("latin-1"))
+    (tmp_path / "mine.csv").write_bytes("file_name,caption\na.jpg,\0ein B\xe4r\n".encode("latin-1"))
+    (tmp_path / "a.jpg").write_bytes(jpeg(1))
     assert "mine.csv" in refusal(read_splits, tmp_path, config(1, 1, 0))
 
 

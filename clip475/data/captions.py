@@ -7,11 +7,11 @@ __all__ = ['CaptionSplit', 'load_split', 'describe_split']
 
 # %% ../../nbs/lib/data/03_captions.ipynb #a396d934
 import contextlib
+import hashlib
 import io
 import os
-import random
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -62,7 +62,7 @@ def _check_ids(file: Path | str, part: str, entries: Sequence[dict[str, Any]]) -
     return index
 
 # %% ../../nbs/lib/data/03_captions.ipynb #012cc5bf
-_PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[^/\\:\0]+")
+_PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[^/\\:\0\ud800-\udfff]+")
 
 
 def _check_file_names(file: Path | str, images: Sequence[dict[str, Any]]) -> None:
@@ -81,6 +81,11 @@ def _check_file_names(file: Path | str, images: Sequence[dict[str, Any]]) -> Non
         owner[name] = id
 
 # %% ../../nbs/lib/data/03_captions.ipynb #da55c3fe
+def _has_half_character(text: str) -> bool:
+    "Whether half of a character such as an emoji was cut off (a lone surrogate), which no file can hold."
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _check_captions(file: Path | str, annotations: Sequence[dict[str, Any]], images: Collection[int]) -> None:
     "Every annotation names an image of the file and has a text."
     for entry in annotations:
@@ -93,6 +98,11 @@ def _check_captions(file: Path | str, annotations: Sequence[dict[str, Any]], ima
         if not isinstance(caption, str) or not caption.strip():
             raise LabError(
                 f"{file}: annotation {id} has the caption {caption!r}; write a text or remove the annotation"
+            )
+        if _has_half_character(caption):
+            raise LabError(
+                f"{file}: annotation {id} has half a character in its caption {caption!r}; "
+                "write the whole character or remove it"
             )
 
 # %% ../../nbs/lib/data/03_captions.ipynb #d10aad15
@@ -172,6 +182,7 @@ class CaptionSplit:
     captions: list[str]  # M texts
     caption_image: np.ndarray  # (M,) int64, the image row of each caption, never decreasing
     missing: int = 0  # images that the caption file lists and that are not on disk
+    listed: int = 0  # images that the caption file lists; 0: not known
 
     def __post_init__(self) -> None:
         for name in ("image_ids", "caption_image"):
@@ -231,17 +242,26 @@ def _images_on_disk(coco: COCO, folder: Path) -> list[int]:
     return sorted(id for id, image in coco.imgs.items() if image["file_name"] in present)
 
 # %% ../../nbs/lib/data/03_captions.ipynb #a0107868
-def _seeded_order(n: int, seed: int = 42) -> np.ndarray:
-    "The rows 0…n-1 in an order that `seed` alone decides, the same on every machine."
-    rng = random.Random(seed)
-    return np.argsort([rng.random() for _ in range(n)], kind="stable")
+def _names_below(root: Path, paths: Iterable[Path]) -> list[str]:
+    "What identifies each picture in a draw: its path below `root`, with slashes; the same in any folder."
+    start = os.path.join(root, "")
+    return [str(path).removeprefix(start).replace(os.sep, "/") for path in paths]
 
 
-def _draw(n: int, count: int | None, seed: int = 42, exclude: Collection[int] = ()) -> np.ndarray:
-    """`count` of the rows 0…n-1, drawn by `seed` and sorted; a larger `count` only adds rows, None takes all.
+def _seeded_order(pictures: Iterable[object], seed: int = 42) -> np.ndarray:
+    "The rows of `pictures` by a hash of seed and picture: the same everywhere, whatever others there are."
+    hashes = [hashlib.sha256(f"{seed} {picture}".encode()).digest() for picture in pictures]
+    return np.array(sorted(range(len(hashes)), key=hashes.__getitem__), dtype=np.int64)
 
-    For each row in `exclude` the next one of the seeded order moves up; all others stay."""
-    order = _seeded_order(n, seed)
+
+def _draw(
+    pictures: Sequence[object], count: int | None, seed: int = 42, exclude: Collection[int] = ()
+) -> np.ndarray:
+    """The rows of `count` of the `pictures`, drawn by `seed` and sorted; None takes all.
+
+    A larger `count` only adds rows. For each row in `exclude` the next one of the seeded order moves up. A
+    picture that is added or deleted moves at most one other, the last one drawn."""
+    order = _seeded_order(pictures, seed)
     return np.sort(order[~np.isin(order, list(exclude))][:count])
 
 # %% ../../nbs/lib/data/03_captions.ipynb #04d6935a
@@ -262,7 +282,9 @@ def _check_count(count: int | None, folder: Path | str, found: int, listed: int)
         )
 
 # %% ../../nbs/lib/data/03_captions.ipynb #71c0c542
-def _split_of(coco: COCO, root: Path, name: str, ids: Sequence[int], missing: int = 0) -> CaptionSplit:
+def _split_of(
+    coco: COCO, root: Path, name: str, ids: Sequence[int], missing: int = 0, listed: int = 0
+) -> CaptionSplit:
     "The `CaptionSplit` of these ids, whether or not their files are on disk."
     folder = root / f"{name}2014"
     captions = [sorted(coco.imgToAnns[id], key=lambda annotation: annotation["id"]) for id in ids]
@@ -274,6 +296,7 @@ def _split_of(coco: COCO, root: Path, name: str, ids: Sequence[int], missing: in
         [annotation["caption"].strip() for own in captions for annotation in own],
         np.repeat(np.arange(len(ids)), [len(own) for own in captions]),
         missing,
+        listed,
     )
 
 
@@ -304,8 +327,9 @@ def _make_split(
     ids = np.array(found, dtype=np.int64)
     skipped = np.flatnonzero(np.isin(ids, list(exclude)))
     _check_count(count, folder, len(found) - len(skipped), len(coco.imgs))
-    drawn = ids[_draw(len(ids), count, seed, skipped)].tolist()
-    return _split_of(coco, root, name, drawn, missing=len(coco.imgs) - len(found))
+    pictures = [f"{folder.name}/{coco.imgs[id]['file_name']}" for id in found]
+    drawn = ids[_draw(pictures, count, seed, skipped)].tolist()
+    return _split_of(coco, root, name, drawn, len(coco.imgs) - len(found), len(coco.imgs))
 
 
 def load_split(
@@ -314,8 +338,9 @@ def load_split(
     """`count` images of the "train" or "val" split under `root`, with their captions; None takes all on disk.
 
     `root` is in COCO 2014's layout. Listed images that are not on disk are counted in `.missing`.
-    The draw depends on `seed` and the image ids alone, and the split is sorted by id. For each image id in
-    `exclude` the next of the seeded order takes its place. Raises `LabError`."""
+    The draw depends on `seed` and the file names alone, and the split is sorted by id. For each image id in
+    `exclude` the next of the seeded order takes its place. A picture that is added or deleted moves at most
+    one other in or out: the last one drawn. Raises `LabError`."""
     coco = _read_captions(_caption_file(root, name))
     return _make_split(coco, root, name, count, seed, exclude)
 

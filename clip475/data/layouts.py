@@ -6,12 +6,16 @@
 __all__ = ['read_splits']
 
 # %% ../../nbs/lib/data/05_layouts.ipynb #0f38221c
+import codecs
 import csv
+import io
 import os
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +23,8 @@ import numpy as np
 
 from ..core.config import LabConfig
 from ..core.files import LabError, read_json
-from .captions import CaptionSplit, _read_captions, load_split
-from .splits import _recorded_splits, check_disjoint, draw_splits
+from .captions import CaptionSplit, _has_half_character, _read_captions, load_split
+from .splits import _recorded_splits, _splits_of_run, check_disjoint, draw_splits
 
 # %% ../../nbs/lib/data/05_layouts.ipynb #310c0a60
 class _Listed(NamedTuple):
@@ -37,7 +41,7 @@ def _inside(file: Path | str, where: str, name: Any) -> str:
     parts = name.split("/") if isinstance(name, str) else [""]
     if parts[0] == ".":
         parts = parts[1:]
-    if not parts or any(p in ("", ".", "..") for p in parts) or re.search(r"[\\:\0]", name):
+    if not parts or any(p in ("", ".", "..") for p in parts) or re.search(r"[\\:\0\ud800-\udfff]", name):
         raise LabError(
             f"{file}: {where} has the file name {name!r}; "
             'write a path below the folder, such as "pets/cat.jpg"'
@@ -46,9 +50,14 @@ def _inside(file: Path | str, where: str, name: Any) -> str:
 
 
 def _stripped_caption(file: Path | str, where: str, caption: Any) -> str:
-    if isinstance(caption, str) and caption.strip():
-        return caption.strip()
-    raise LabError(f"{file}: {where} has the caption {caption!r}; write a text or remove the entry")
+    if not isinstance(caption, str) or not caption.strip():
+        raise LabError(f"{file}: {where} has the caption {caption!r}; write a text or remove the entry")
+    if _has_half_character(caption):
+        raise LabError(
+            f"{file}: {where} has half a character in its caption {caption!r}; "
+            "write the whole character or remove it"
+        )
+    return caption.strip()
 
 # %% ../../nbs/lib/data/05_layouts.ipynb #8ab2b26e
 _SPLIT_WORDS = {
@@ -162,6 +171,7 @@ def _pool(
         [caption for image in images for caption in image.captions],
         np.repeat(np.arange(len(images)), [len(image.captions) for image in images]),
         missing=len(listed) - len(images),
+        listed=len(listed),
     )
 
 
@@ -191,25 +201,100 @@ def _make_pools(
     return {name: _pool(name, root, folder, images, present) for name, images in by_split.items()}
 
 # %% ../../nbs/lib/data/05_layouts.ipynb #78b5c5fd
-def _csv_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+@cache
+def _note_once(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _decoded(file: Path) -> tuple[str, str]:
+    "The text of a list and its encoding: UTF-8, UTF-16 with its mark, else Windows' western one (cp1252)."
+    data = file.read_bytes()
+    encodings = ["utf-8-sig", "cp1252"]
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encodings = ["utf-16"]
+    for encoding in encodings if b"\0" not in data or encodings == ["utf-16"] else []:
+        try:
+            return data.decode(encoding), encoding.removesuffix("-sig")
+        except UnicodeDecodeError:
+            continue
+    raise LabError(f"{file}: its bytes are no text in UTF-8, UTF-16 or cp1252; save it again as UTF-8")
+
+
+def _text_of(file: Path) -> str:
+    "The text of a list; a note says where the encoding was guessed."
+    text, encoding = _decoded(file)
+    if encoding == "cp1252":
+        _note_once(f"{file}: this is not UTF-8; it was read as cp1252 (Windows, western Europe)")
+    return text
+
+
+class _Header(NamedTuple):
+    "The first line of a CSV file."
+
+    columns: list[str]  # in small letters, with _ for spaces: "File Name" is file_name
+    separator: str
+    encoding: str
+
+
+def _header(file: Path) -> _Header:
+    "The columns, with that separator of comma, semicolon and tab that gives most of them."
     try:
-        with open(file, newline="", encoding="utf-8-sig") as f:
-            rows = csv.DictReader(f)
-            for row in rows:
-                yield f"line {rows.line_num}", row
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise LabError(f"{file}: this is not a CSV file in UTF-8 ({e}); save it again as one") from None
+        text, encoding = _decoded(file)
+        first = text.partition("\n")[0].rstrip("\r")
+        columns = {separator: next(csv.reader([first], delimiter=separator), []) for separator in ",;\t"}
+    except (OSError, LabError, csv.Error):
+        return _Header([], ",", "unknown")
+    separator = max(columns, key=lambda s: (len(columns[s]), s == ","))
+    names = [re.sub(r"[\s_-]+", "_", name.strip().lower()) for name in columns[separator]]
+    if "file_name" not in names:
+        names = ["file_name" if name == "filename" else name for name in names]
+    return _Header(names, separator, encoding)
 
 
-def _csv_image(file: Path, where: str, row: dict[str, Any]) -> _Listed:
-    "One line as an image with one caption."
-    if None in row:
+def _csv_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    "(where, row by column) of each line below the header."
+    header = _header(file)
+    if (twice := _first_repeated(header.columns)) is not None:
+        raise LabError(
+            f"{file}: its header has the column {twice} {header.columns.count(twice)} times; "
+            "keep one, and write one line for each caption"
+        )
+    rows = csv.reader(io.StringIO(_text_of(file), newline=""), delimiter=header.separator, strict=True)
+    line = 0
+    while True:
+        where = f"line {line + 1}"
+        try:
+            row = next(rows, None)
+        except csv.Error as e:
+            raise LabError(
+                f"{file}: {where} or a line soon after it has quotes that do not match ({e}); "
+                'put each " inside a caption twice, and a caption with it in quotes'
+            ) from None
+        if row is None:
+            return
+        if rows.line_num > line + 1:
+            raise LabError(
+                f"{file}: {where} has a line break inside quotes, up to line {rows.line_num}; "
+                "close the quotes on the same line, or write a space for the line break"
+            )
+        if line and row:
+            yield where, _csv_row(file, where, header.columns, row)
+        line = rows.line_num
+
+
+def _csv_row(file: Path, where: str, columns: Sequence[str], row: Sequence[str]) -> dict[str, Any]:
+    if len(row) > len(columns):
         raise LabError(
             f"{file}: {where} has more fields than the header has columns; "
             "put a caption with commas in double quotes"
         )
-    if None in row.values():
+    if len(row) < len(columns):
         raise LabError(f"{file}: {where} has fewer fields than the header has columns; complete the line")
+    return dict(zip(columns, row))
+
+
+def _csv_image(file: Path, where: str, row: dict[str, Any]) -> _Listed:
+    "One line as an image with one caption."
     split = _split_word(file, where, row["split"]) if row.get("split") is not None else "all"
     return _Listed(row["file_name"], row["caption"], split, _csv_id(file, where, row.get("image_id")))
 
@@ -235,17 +320,12 @@ def _existing(file: Path | None) -> Path:
     return file
 
 # %% ../../nbs/lib/data/05_layouts.ipynb #de1e9611
-def _header(file: Path) -> list[str]:
-    "The column names of a CSV file, or nothing."
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as f:
-            return next(csv.reader(f), [])
-    except (OSError, UnicodeDecodeError, csv.Error):
-        return []
+def _csv_files(root: Path) -> list[Path]:
+    return sorted(file for file in root.iterdir() if file.suffix.lower() in (".csv", ".tsv"))
 
 
 def _csv_file(root: Path) -> Path | None:
-    files = [file for file in sorted(root.glob("*.csv")) if {"file_name", "caption"} <= set(_header(file))]
+    files = [file for file in _csv_files(root) if {"file_name", "caption"} <= set(_header(file).columns)]
     if len(files) > 1:
         raise LabError(
             f"{root}: {' and '.join(f.name for f in files)} both have the columns file_name "
@@ -256,11 +336,8 @@ def _csv_file(root: Path) -> Path | None:
 # %% ../../nbs/lib/data/05_layouts.ipynb #10804857
 def _text_lines(file: Path) -> list[tuple[str, str]]:
     "(where, line) of each line that is not empty."
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise LabError(f"{file}: its bytes are no UTF-8 text; fetch the file again") from None
-    return [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = re.split(r"\r\n|\r|\n", _text_of(file))
+    return [(f"line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
 
 
 def _token_line(file: Path | str, where: str, line: str) -> tuple[str, str]:
@@ -273,11 +350,18 @@ def _token_line(file: Path | str, where: str, line: str) -> tuple[str, str]:
     return name.rpartition("#")[0], caption
 
 
+def _has_suffix(name: str) -> bool:
+    return re.search(r"\.\w+$", name.strip()) is not None
+
+
 def _comma_line(file: Path | str, where: str, line: str) -> tuple[str, str]:
     "Name and caption of a name, a comma, and all the rest; a caption all in double quotes is unquoted."
     name, comma, caption = line.partition(",")
-    if not comma:
-        raise LabError(f"{file}: {where} is {line[:40]!r}; it has to be a name, a comma and the caption")
+    if not comma or not _has_suffix(name):
+        raise LabError(
+            f"{file}: {where} is {line[:40]!r}; it has to be a picture's name such as a.jpg, a comma and the "
+            "caption, on one line"
+        )
     caption = caption.strip()
     if re.fullmatch(r'"(?:[^"]|"")*"', caption):
         caption = caption[1:-1].replace('""', '"')
@@ -314,15 +398,20 @@ _FLICKR_FOLDERS = (
 )
 
 
+def _without_header(file: Path, lines: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    "The lines below the header of a captions.txt; a first line that begins with a file's name is none."
+    first = lines[0][1].partition(",")[0].strip() if lines else ""
+    return lines[1:] if file.name == "captions.txt" and not _has_suffix(first) else lines
+
+
 def _read_flickr_layout(root: Path) -> _Pools:
     "The pools of Flickr8k (Hodosh, Young and Hockenmaier 2013), with its own splits if it lists them."
     file = _existing(_flickr_file(root))
     splits = _flickr_lists(file.parent)
-    has_header = file.name == "captions.txt"
-    parse = _comma_line if has_header else _token_line
+    parse = _comma_line if file.name == "captions.txt" else _token_line
     lines = []
-    for where, line in _text_lines(file)[has_header:]:
-        name, caption = parse(file, where, line.rstrip("\r"))
+    for where, line in _without_header(file, _text_lines(file)):
+        name, caption = parse(file, where, line)
         split = splits.get(name.strip(), "none") if splits else "all"
         lines.append((where, _Listed(name.strip(), caption, split)))
     listed = [image for image in _group_rows(file, lines) if image.split != "none"]
@@ -386,7 +475,7 @@ def _from_entries(file: Path, entries: Sequence[Any], split: str) -> list[_Liste
     "The images of a list of objects, each with a name and one caption or several."
     lines = []
     for i, entry in enumerate(entries):
-        name, captions = _name_and_captions(entry)
+        name, captions = _name_and_captions(file, i, entry)
         if captions is None:
             raise LabError(
                 f"{file}: entry {i} has no file name or no caption; "
@@ -397,11 +486,16 @@ def _from_entries(file: Path, entries: Sequence[Any], split: str) -> list[_Liste
     return _group_rows(file, lines)
 
 
-def _name_and_captions(entry: Any) -> tuple[Any, Any]:
+def _name_and_captions(file: Path, i: int, entry: Any) -> tuple[Any, Any]:
     "File name and caption or captions of an object; None for what it lacks."
     if not isinstance(entry, dict):
         return None, None
-    name = next((entry[key] for key in _NAME_KEYS if key in entry), None)
+    names = [entry[key] for key in _NAME_KEYS if key in entry]
+    if len({str(name).rpartition("/")[2] for name in names}) > 1 or {"caption", "captions"} <= set(entry):
+        raise LabError(
+            f"{file}: entry {i} names several files, or has both caption and captions; keep one of each"
+        )
+    name = next(iter(names), None)
     return name, None if name is None else entry.get("captions", entry.get("caption"))
 
 
@@ -545,7 +639,20 @@ def _detect_layout(root: str | Path) -> str:
         if folder.is_dir() and _layout_of(folder):
             raise LabError(f"{root}: the captions lie one folder down; name {folder} instead")
     known = "; ".join(f"{name}: {layout.description}" for name, layout in _LAYOUTS.items())
-    raise LabError(f"{root}: no captions found here, only {_found(root)}; known layouts: {known}")
+    raise LabError(
+        f"{root}: no captions found here, only {_found(root)}{_columns_found(root)}; known layouts: {known}"
+    )
+
+
+def _columns_found(root: Path) -> str:
+    "What stands in the first line of the first CSV files, as a part of a sentence."
+    parts = ""
+    for file in _csv_files(root)[:2]:
+        header = _header(file)
+        parts += (
+            f"; {file.name} (encoding: {header.encoding}) has the columns {', '.join(header.columns)[:120]}"
+        )
+    return parts
 
 # %% ../../nbs/lib/data/05_layouts.ipynb #d0c7d9ab
 def _with_karpathy_test(pools: _Pools, root: str | Path, count: int | None) -> _Pools:
@@ -561,18 +668,33 @@ def _with_karpathy_test(pools: _Pools, root: str | Path, count: int | None) -> _
     return {**pools, "val": pools["val"].select(~is_test), "test": test}
 
 # %% ../../nbs/lib/data/05_layouts.ipynb #254095a1
+def _read_pools(root: str | Path) -> tuple[str, _Pools]:
+    "The layout of a folder, and all that each of its splits has on disk."
+    layout = _detect_layout(root)
+    return layout, _LAYOUTS[layout].read(Path(root).expanduser())
+
+
+def _read_splits_of_run(
+    root: str | Path, run: str | Path, names: Collection[str] = ("train", "val", "test")
+) -> tuple[CaptionSplit, ...]:
+    "The splits of the run in the folder `run`, by the files that its split.json names."
+    splits = _splits_of_run(_read_pools(root)[1], run, names)
+    check_disjoint(splits.values())
+    return tuple(splits.values())
+
+
 def read_splits(
     root: str | Path, config: LabConfig, exclude: Mapping[str, Collection[int]] | None = None
 ) -> tuple[CaptionSplit, ...]:
     """The splits that `config` asks for: (train, val), and test unless `config.test_images` is 0.
 
     `root` has any of the layouts COCO 2014, Karpathy, FiftyOne, Flickr8k or CSV. Images are drawn by
-    `config.seed`, the same on every computer, and no image is in two splits. `exclude`: {"train": {ids}, …}
+    `config.seed` and their file names, the same on every computer, and no image is in two splits. Adding or
+    deleting a picture moves at most one other at each end of a split. `exclude`: {"train": {ids}, …}
     are replaced by the next of the seeded order. A `split.json` in `root` about the same seed and counts
     decides. Raises `LabError`."""
     root = Path(root).expanduser()
-    layout = _detect_layout(root)
-    pools = _LAYOUTS[layout].read(root)
+    layout, pools = _read_pools(root)
     splits = _recorded_splits(pools, root, config, exclude)
     if splits is None:
         if layout == "coco" and config.test_images != 0:

@@ -17,41 +17,53 @@ import numpy as np
 
 from ..core.config import LabConfig
 from ..core.files import LabError, fingerprint, read_json
-from .captions import CaptionSplit, _seeded_order
+from .captions import CaptionSplit, _names_below, _seeded_order
 
 # %% ../../nbs/lib/data/04_splits.ipynb #1d8d4ec2
+def _from_the_back(names: Collection[str]) -> str | None:
+    "Of several splits in one pool, the one that is taken from the back of the order."
+    if len(names) < 2:
+        return None
+    return "train" if "train" in names else "test"
+
+
 def _slots(
     order: Sequence[int], wanted: Mapping[str, int | None]
 ) -> tuple[dict[str, Sequence[int]], Sequence[int]]:
-    "Disjoint parts of `order` and the unclaimed rest; `wanted` maps name to count, None takes the rest."
-    left = max(0, len(order) - sum(count or 0 for count in wanted.values()))
-    counts = {name: left if count is None else count for name, count in wanted.items()}
-    parts, front = {}, 0
-    for name, count in counts.items():
-        if name != "test":
-            parts[name] = order[front : front + count]
-            front += count
-    back = len(order) - counts.get("test", 0)
-    if "test" in counts:
-        parts["test"] = order[back:]
-    return parts, order[front:back]
+    "The splits with a count as disjoint parts of `order`, and the rest of it, which nobody has claimed."
+    back = _from_the_back(wanted)
+    parts: dict[str, Sequence[int]] = {}
+    start, stop = 0, len(order)
+    for name in sorted(wanted, key=["val", "test", "train"].index):
+        count = wanted[name]
+        if count is not None and name == back:
+            parts[name], stop = order[max(start, stop - count) : stop], max(start, stop - count)
+        elif count is not None:
+            parts[name], start = order[start : start + count], start + count
+    return parts, order[start:stop]
 
 
 def _deal(
-    n: int, wanted: Mapping[str, int | None], seed: int = 42, exclude: Collection[int] = ()
+    pictures: Sequence[object],
+    wanted: Mapping[str, int | None],
+    seed: int = 42,
+    exclude: Collection[int] = (),
 ) -> dict[str, np.ndarray]:
-    """Rows 0…n-1 drawn by `seed`: name → sorted rows, disjoint. In `wanted` a count of None takes the rest.
+    """Rows of `pictures` drawn by `seed`: name → sorted rows, disjoint; a count of None takes the rest.
 
-    For each row in `exclude` the nearest unclaimed row takes its place; all others stay."""
-    parts, unclaimed = _slots(_seeded_order(n, seed).tolist(), wanted)
+    For each row in `exclude` the nearest unclaimed row takes its place; all others stay. A picture that is
+    added or deleted moves at most one other at each end of a split, since each keeps its exact count: in or
+    out of the unclaimed rest, and between two splits only where nothing is unclaimed between them."""
+    parts, unclaimed = _slots(_seeded_order(pictures, seed).tolist(), wanted)
     reserve = [row for row in unclaimed if row not in exclude]
     drawn = {}
     for name, rows in parts.items():
         kept = [row for row in rows if row not in exclude]
         for _ in range(min(len(rows) - len(kept), len(reserve))):
-            kept.append(reserve.pop(-1 if name == "test" else 0))
-        drawn[name] = np.array(sorted(kept), dtype=np.int64)
-    return drawn
+            kept.append(reserve.pop(-1 if name == _from_the_back(wanted) else 0))
+        drawn[name] = kept
+    drawn |= {name: reserve for name, count in wanted.items() if count is None}
+    return {name: np.array(sorted(drawn[name]), dtype=np.int64) for name in wanted}
 
 # %% ../../nbs/lib/data/04_splits.ipynb #fc57e39e
 def _sources(pools: Collection[str], names: Collection[str]) -> dict[str | None, list[str]]:
@@ -96,8 +108,14 @@ def _draw_from_pool(
     "The splits that one pool serves."
     skipped = set(np.flatnonzero(np.isin(pool.image_ids, list(excluded_ids))).tolist())
     _check_wanted(pool, wanted, len(skipped))
-    rows_of = _deal(len(pool), wanted, seed, skipped)
-    return {name: replace(pool.select(rows), name=name) for name, rows in rows_of.items()}
+    rows_of = _deal(_names_below(pool.root, pool.image_paths), wanted, seed, skipped)
+    splits = {name: replace(pool.select(rows), name=name) for name, rows in rows_of.items()}
+    return _missing_once(splits, "train" if "train" in splits else next(iter(splits)))
+
+
+def _missing_once(splits: dict[str, CaptionSplit], first: str) -> dict[str, CaptionSplit]:
+    "Splits of one pool: what is missing from it is counted in the split `first` alone."
+    return {name: split if name == first else replace(split, missing=0) for name, split in splits.items()}
 
 
 def draw_splits(
@@ -146,6 +164,7 @@ def _split_entry(split: CaptionSplit) -> dict[str, Any]:
         "captions_per_image": {str(k): histogram[k] for k in sorted(histogram)},
         "fingerprint": split.fingerprint,
         "ids": split.image_ids.tolist(),
+        "files": _names_below(split.root, split.image_paths),
     }
 
 
@@ -156,33 +175,47 @@ def _split_record(
     splits: Iterable[CaptionSplit],
     config: LabConfig,
     bad: Mapping[str, Iterable[_Replaced]] | None = None,
+    contents: Mapping[str, list[str]] | None = None,
 ) -> dict[str, Any]:
-    """The content of `split.json`: seed, counts, ids, captions per image, fingerprints, replaced images.
+    """The content of `split.json`: seed, counts, ids, files, captions per image, fingerprints, bad images.
 
-    `bad`: split name → (image id, file, reason) of each image that was replaced."""
+    `bad`: split name → (image id, file, reason) of each image that was replaced. `contents`: split name → a
+    hash of each file's content."""
     splits = list(splits)
     check_disjoint(splits)
+    entries = {split.name: _split_entry(split) for split in splits}
+    for name, hashes in (contents or {}).items():
+        entries[name]["contents"] = hashes
     replaced = [
         {"split": name, "id": int(id), "file": Path(file).name, "reason": str(reason)}
         for name, images in sorted((bad or {}).items())
         for id, file, reason in sorted(images)
     ]
     return {
-        "format": 1,
+        "format": 2,
         "seed": config.seed,
         "asked": _wanted(config),
         "fingerprint": fingerprint(*[split.fingerprint for split in splits]),
-        "splits": {split.name: _split_entry(split) for split in splits},
+        "splits": entries,
         "bad": replaced,
     }
 
 # %% ../../nbs/lib/data/04_splits.ipynb #da24b9df
+class _Part(NamedTuple):
+    "One split of a `split.json`."
+
+    fingerprint: str
+    ids: list[int]
+    files: list[str]  # below the data's folder; empty in a file of format 1
+    contents: list[str]  # a hash of each file's content; empty where it was not kept
+
+
 class _Record(NamedTuple):
     "A `split.json` as it was read."
 
     seed: int
     asked: dict[str, int | None]
-    splits: dict[str, tuple[str, list[int]]]  # name: (fingerprint, ids)
+    splits: dict[str, _Part]
     replaced: dict[str, list[_Replaced]]
 
 
@@ -197,13 +230,20 @@ def _read_record(root: Path) -> _Record:
         ) from None
 
 
-def _parse_record(content: Any) -> _Record:
-    if content["format"] != 1:
+def _parse_part(entry: Any) -> _Part:
+    ids = [int(id) for id in entry["ids"]]
+    part = _Part(
+        str(entry["fingerprint"]), ids, list(entry.get("files", [])), list(entry.get("contents", []))
+    )
+    if any(len(values) not in (0, len(ids)) for values in (part.files, part.contents)):
         raise ValueError
-    splits = {
-        name: (entry["fingerprint"], [int(id) for id in entry["ids"]])
-        for name, entry in content["splits"].items()
-    }
+    return part
+
+
+def _parse_record(content: Any) -> _Record:
+    if content["format"] not in (1, 2):
+        raise ValueError
+    splits = {name: _parse_part(entry) for name, entry in content["splits"].items()}
     replaced = defaultdict(list)
     for image in content["bad"]:
         replaced[image["split"]].append((image["id"], image["file"], image["reason"]))
@@ -221,8 +261,8 @@ def _recorded_bad(root: str | Path, seed: int) -> dict[str, list[_Replaced]]:
 
 def _recorded(
     root: Path, config: LabConfig, exclude: Mapping[str, Collection[int]]
-) -> dict[str, tuple[str, list[int]]] | None:
-    "{name: (fingerprint, ids)} if a record in `root` is about the splits that `config` asks for; else None."
+) -> dict[str, _Part] | None:
+    "{name: `_Part`} if a record in `root` is about the splits that `config` asks for; else None."
     if not (root / _SPLIT_FILE).is_file():
         return None
     record, wanted = _read_record(root), _wanted(config)
@@ -231,39 +271,77 @@ def _recorded(
     for name, count in wanted.items():
         if name not in record.splits or record.asked.get(name) != count:
             return None
-        if set(exclude.get(name, ())) & set(record.splits[name][1]):
+        if set(exclude.get(name, ())) & set(record.splits[name].ids):
             return None
     return {name: record.splits[name] for name in wanted}
 
 # %% ../../nbs/lib/data/04_splits.ipynb #b28b474e
+def _pool_of(
+    pools: Mapping[str, CaptionSplit], part: _Part
+) -> tuple[str, CaptionSplit, dict[object, int]] | None:
+    "The pool that has images of `part`: its name, itself, and the row of each picture; None if none has any."
+    for name, pool in pools.items():
+        pictures = _names_below(pool.root, pool.image_paths) if part.files else pool.image_ids.tolist()
+        row_of: dict[object, int] = {picture: row for row, picture in enumerate(pictures)}
+        if any(picture in row_of for picture in part.files or part.ids):
+            return name, pool, row_of
+    return None
+
+
 def _as_recorded(
-    pools: Mapping[str, CaptionSplit], root: Path, name: str, recorded_fingerprint: str, ids: list[int]
-) -> CaptionSplit:
-    "The split of exactly these ids; `LabError` if an image is missing or its names or captions have changed."
-    file = root / _SPLIT_FILE
-    for pool in pools.values():
-        row_of = {id: row for row, id in enumerate(pool.image_ids.tolist())}
-        if any(id in row_of for id in ids):
-            break
-    else:
+    pools: Mapping[str, CaptionSplit], file: Path, name: str, part: _Part, way_out: str
+) -> tuple[str, CaptionSplit]:
+    """Name of the pool, and the split of exactly these images in their recorded order, with their ids.
+
+    `LabError` if an image is missing, or if names or captions have changed."""
+    found = _pool_of(pools, part)
+    if found is None:
         raise LabError(
-            f"{file}: none of the {len(ids)} images of the {name} split is on disk; "
-            f"fetch them again (clip475 prepare), or delete {_SPLIT_FILE} to draw anew"
+            f"{file}: none of the {len(part.ids)} images of the {name} split is on disk; "
+            f"fetch them again (clip475 prepare), or {way_out}"
         )
-    missing = next((id for id in ids if id not in row_of), None)
-    if missing is not None:
-        raise LabError(
-            f"{file}: it names image {missing} of the {name} split, which is not on disk; "
-            f"fetch it again (clip475 prepare), or delete {_SPLIT_FILE} to draw anew"
-        )
-    split = replace(pool.select([row_of[id] for id in ids]), name=name)
-    if split.fingerprint != recorded_fingerprint:
+    source, pool, row_of = found
+    pictures: Sequence[object] = part.files or part.ids
+    for id, picture in zip(part.ids, pictures):
+        if picture not in row_of:
+            file_name = f" ({picture})" if part.files else ""
+            raise LabError(
+                f"{file}: it names image {id}{file_name} of the {name} split, which is not on disk or not "
+                f"listed any more; fetch it again (clip475 prepare), or {way_out}"
+            )
+    rows = [row_of[picture] for picture in pictures]
+    split = replace(pool.select(rows), name=name, image_ids=np.array(part.ids, dtype=np.int64))
+    if split.fingerprint != part.fingerprint:
         raise LabError(
             f"{file}: the {name} split has the fingerprint {split.fingerprint} "
-            f"and not {recorded_fingerprint}; names or captions have changed: "
-            f"restore them, or delete {_SPLIT_FILE} to draw anew"
+            f"and not {part.fingerprint}; names or captions have changed: restore them, or {way_out}"
         )
-    return split
+    return source, split
+
+
+def _all_as_recorded(
+    pools: Mapping[str, CaptionSplit], file: Path, parts: Mapping[str, _Part], way_out: str
+) -> dict[str, CaptionSplit]:
+    "The splits of `parts`; what is missing from a pool is counted in the first of its splits."
+    splits: dict[str, CaptionSplit] = {}
+    seen = set()
+    for name, part in parts.items():
+        source, split = _as_recorded(pools, file, name, part, way_out)
+        splits[name] = replace(split, missing=0) if source in seen else split
+        seen.add(source)
+    return splits
+
+
+def _splits_of_run(
+    pools: Mapping[str, CaptionSplit], run: str | Path, names: Collection[str]
+) -> dict[str, CaptionSplit]:
+    """The splits that the run in this folder was trained on, by the files in its `split.json`.
+
+    `LabError` if one is missing, or if names or captions have changed."""
+    run = Path(run)
+    parts = {name: part for name, part in _read_record(run).splits.items() if name in names}
+    way_out = "name the folder that has the run's data with --data DIR, or train a new run"
+    return _all_as_recorded(pools, run / _SPLIT_FILE, parts, way_out)
 
 
 def _recorded_splits(
@@ -277,4 +355,4 @@ def _recorded_splits(
     recorded = _recorded(root, config, exclude or {})
     if recorded is None:
         return None
-    return {name: _as_recorded(pools, root, name, *entry) for name, entry in recorded.items()}
+    return _all_as_recorded(pools, root / _SPLIT_FILE, recorded, f"delete {_SPLIT_FILE} to draw anew")

@@ -1,0 +1,190 @@
+"Faults that gave a wrong number or lost a caption without a word; each was found in use."
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip475.core.config import LabConfig
+from clip475.core.files import LabError, error_message, write_json
+from clip475.data.captions import _read_captions
+from clip475.data.layouts import _LAYOUTS, read_splits
+
+
+def picture(path, number=0):
+    "A small picture; each number has its own colours."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(number).integers(0, 256, (6, 6, 3)).astype(np.uint8)
+    Image.fromarray(noise).resize((48, 48)).save(path)
+
+
+def folder_of(root, names, text=None):
+    "Pictures with a CSV of their captions."
+    for number, name in enumerate(names):
+        picture(root / name, number)
+    text = text or "file_name,caption\n" + "".join(f"{name},words of {name}\n" for name in names)
+    (root / "list.csv").write_text(text, encoding="utf-8")
+    return root
+
+
+def names_of(n, start=0):
+    return [f"p{i:03}.png" for i in range(start, start + n)]
+
+
+def config(train=None, val=10, test=0, **changes):
+    return LabConfig.from_preset("tiny", train_images=train, val_images=val, test_images=test, **changes)
+
+
+def files_of(splits):
+    return {split.name: {path.name for path in split.image_paths} for split in splits}
+
+
+# the draw
+
+
+@pytest.mark.parametrize("counts", [(None, 10, 0), (20, 10, 0), (20, 8, 6)])
+@pytest.mark.parametrize("change", ["add in front", "add behind", "delete"])
+def test_a_picture_more_or_less_moves_no_other_from_train_to_val(tmp_path, counts, change):
+    names = names_of(60)
+    before = files_of(read_splits(folder_of(tmp_path / "before", names), config(*counts)))
+    if change == "delete":
+        after_names = [name for name in names if name != sorted(before["val"])[0]]
+    else:
+        after_names = [*names, "a.png" if change == "add in front" else "z.png"]
+    after = files_of(read_splits(folder_of(tmp_path / "after", after_names), config(*counts)))
+    train_and_val = (after["val"] & before["train"]) | (after["train"] & before["val"])
+    assert len(train_and_val) <= (counts[0] is None)  # the one at the boundary, where nothing is unclaimed
+    for name in before:
+        assert len(before[name] - after[name]) <= 1
+
+
+def test_the_draw_depends_on_names_below_the_folder_and_on_the_seed(tmp_path):
+    names = names_of(40)
+    here, there = folder_of(tmp_path / "here", names), folder_of(tmp_path / "else" / "where", names)
+    assert read_splits(here, config()) == read_splits(there, config())
+    assert files_of(read_splits(here, config(seed=1))) != files_of(read_splits(here, config(seed=2)))
+
+
+def test_replaced_pictures_leave_val_its_full_number(tmp_path):
+    root = folder_of(tmp_path, names_of(40))
+    train, val = read_splits(root, config())
+    broken = {"val": set(val.image_ids[:3].tolist()), "train": set(train.image_ids[:11].tolist())}
+    train, val = read_splits(root, config(), broken)
+    assert (len(train), len(val)) == (16, 10)
+    assert not (broken["val"] | broken["train"]) & set([*train.image_ids, *val.image_ids])
+
+
+def test_a_missing_picture_is_counted_once_and_beside_what_is_listed(tmp_path):
+    root = folder_of(tmp_path, names_of(40))
+    (root / "p007.png").unlink()
+    splits = read_splits(root, config(20, 8, 4))
+    assert sum(split.missing for split in splits) == 1
+    assert {split.listed for split in splits} == {40}
+
+
+# lists of captions
+
+
+def captions_in(root, layout="csv"):
+    pools = _LAYOUTS[layout].read(root)
+    return {p.name: s.captions_of(row) for s in pools.values() for row, p in enumerate(s.image_paths)}
+
+
+def list_of(tmp_path, data, name="list.csv"):
+    for number, letter in enumerate("abcdefg"):
+        picture(tmp_path / f"{letter}.png", number)
+    (tmp_path / name).write_bytes(data.encode() if isinstance(data, str) else data)
+    return tmp_path
+
+
+def refusal(function, *args):
+    with pytest.raises(LabError) as error:
+        function(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "lines, expected",
+    [
+        (['a.png,"one', "b.png,two", 'c.png,three"', "d.png,four"], "line 2 has a line break inside quotes"),
+        (["a.png,one", 'b.png,"two', "c.png,three", "d.png,four"], "line 3 or a line soon after"),
+        (["a.png,one", 'b.png,"two', 'c.png,"three"', "d.png,four"], "line 3 or a line soon after"),
+        (['a.png,"one\ntwo"'], "line 2 has a line break"),
+        (['a.png,"one\r\ntwo"', "b.png,x"], "line 2 has a line break"),
+    ],
+)
+def test_quotes_that_do_not_match_lose_no_caption(tmp_path, lines, expected):
+    root = list_of(tmp_path, "\n".join(["file_name,caption", *lines]))
+    message = refusal(captions_in, root)
+    assert expected in message and str(root / "list.csv") in message
+
+
+@pytest.mark.parametrize(
+    "header", ["file_name,caption,caption", "file_name,caption,Caption", "file_name,file_name,caption"]
+)
+def test_a_column_that_is_there_twice_is_refused(tmp_path, header):
+    assert "2 times" in refusal(captions_in, list_of(tmp_path, f"{header}\na.png,one,two\n"))
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize(
+    "header", ["file_name{}caption", " File Name {} Caption", "CAPTION{}FILE_NAME", "filename{}caption"]
+)
+def test_lists_as_spreadsheets_save_them(tmp_path, separator, encoding, header, capsys):
+    rows = [["a.png", "a bear, “ä”"], ["b.png", "a; b, c"]]
+    if header.startswith("CAP"):
+        rows = [row[::-1] for row in rows]
+    lines = [header.format(separator), *(separator.join(f'"{cell}"' for cell in row) for row in rows)]
+    root = list_of(tmp_path, "\r\n".join(lines).encode(encoding))
+    assert captions_in(root) == {"a.png": ["a bear, “ä”"], "b.png": ["a; b, c"]}
+    assert ("read as cp1252" in capsys.readouterr().err) == (encoding == "cp1252")
+
+
+def test_a_list_with_other_columns_is_named_with_its_columns_and_encoding(tmp_path):
+    root = list_of(tmp_path, "picture;words\na.png;x\n".encode("utf-16"))
+    assert "list.csv (encoding: utf-16) has the columns picture, words" in refusal(
+        read_splits, root, config()
+    )
+
+
+def test_a_list_in_no_known_encoding_is_named(tmp_path):
+    root = list_of(tmp_path, b"file_name,caption\na.png,x\0y\n")
+    assert "list.csv" in refusal(read_splits, root, config())
+
+
+def test_flickrs_list_without_a_header_keeps_its_first_picture(tmp_path):
+    text = "a.png,a cat\nb.png,a dog\n"
+    root = list_of(tmp_path, text, "captions.txt")
+    assert captions_in(root, "flickr8k") == {"a.png": ["a cat"], "b.png": ["a dog"]}
+    list_of(tmp_path, "image,caption\n" + text, "captions.txt")
+    assert captions_in(root, "flickr8k") == {"a.png": ["a cat"], "b.png": ["a dog"]}
+    list_of(tmp_path, 'image,caption\na.png,"a cat\nand, perhaps, a dog"\n', "captions.txt")
+    assert "line 3" in refusal(captions_in, root, "flickr8k")
+
+
+def test_an_entry_with_two_files_or_two_kinds_of_captions_is_refused(tmp_path):
+    for entry in (
+        {"file_name": "a.png", "image": "b.png", "caption": "x"},
+        {"file_name": "a.png", "caption": "x", "captions": ["y"]},
+    ):
+        list_of(tmp_path, json.dumps([entry]), "captions.json")
+        assert "entry 0" in refusal(captions_in, tmp_path, "fiftyone")
+
+
+def test_half_an_emoji_is_refused_with_file_and_entry(tmp_path):
+    whole = {
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "annotations": [{"id": 5, "image_id": 1, "caption": "a 🐈"}],
+    }
+    file = tmp_path / "captions.json"
+    write_json(file, whole)
+    assert len(_read_captions(file).anns) == 1
+    file.write_text(json.dumps(whole).replace("\\udc08", ""))
+    assert "annotation 5 has half a character" in error_message(str(file), _read_captions, file)
+    file.write_text(json.dumps(whole).replace("a.png", "a\\ud83d.png"))
+    assert "image 1" in error_message(str(file), _read_captions, file)
+    list_of(tmp_path, json.dumps({"a.png": ["x\ud83d"]}), "captions.json")
+    assert "entry 0" in refusal(captions_in, tmp_path, "fiftyone")
