@@ -30,7 +30,7 @@ from clip475.data.images import (
     epoch_order,
     pack_images,
 )
-from ..data.layouts import read_splits
+from ..data.layouts import _read_splits_of_run, read_splits
 from ..data.pixels import _packed_size, augment
 from ..data.scenes import _prepare_scenes
 from ..data.tokens import load_tokenizer
@@ -92,10 +92,11 @@ def _data_root(config: LabConfig, progress: bool = True) -> Path:
 
 # %% ../../nbs/lib/training/04_batches.ipynb #c2fb9e2d
 _Replaced = dict[str, list[tuple[int, str, str]]]  # split name: (image id, file name, reason) of each
+_Folder = str | Path
 
 
 def _pack_splits(
-    root: Path, config: LabConfig, names: Sequence[str], progress: bool, rebuild: bool
+    root: Path, config: LabConfig, names: Sequence[str], progress: bool, rebuild: bool, run: _Folder | None
 ) -> tuple[list[CaptionSplit], list[np.ndarray], _Replaced]:
     "Splits, their packed pixels, and the images that others replaced."
     replaced: _Replaced = {}
@@ -109,11 +110,12 @@ def _pack_splits(
 
     while True:
         excluded = {name: {image_id for image_id, *_ in bad} for name, bad in replaced.items()}
-        splits = [split for split in read_splits(root, config, excluded) if split.name in names]
+        found = read_splits(root, config, excluded) if run is None else _read_splits_of_run(root, run, names)
+        splits = [split for split in found if split.name in names]
         try:
             return splits, [pack(split) for split in splits], replaced
         except _BadImages as e:
-            if config.on_bad == "fail":
+            if config.on_bad == "fail" or run is not None:
                 raise
             bad = [(image_id, Path(path).name, reason) for image_id, path, reason in e.bad]
             replaced.setdefault(e.split, []).extend(bad)
@@ -121,10 +123,9 @@ def _pack_splits(
 
 def _report_missing(split: CaptionSplit) -> None:
     if split.missing:
-        listed = split.missing + len(split)
         message = (
-            f"{split.name}: {split.missing:,} of the {listed:,} listed images are not on disk; "
-            f"going on with {len(split):,}"
+            f"{split.name}: {split.missing:,} of the {split.listed:,} listed images "
+            f"{'is' if split.missing == 1 else 'are'} not on disk; going on with {len(split):,} of the others"
         )
         tqdm.write(message, file=sys.stderr)
 
@@ -134,13 +135,16 @@ def prepare_data(
     progress: bool = True,
     names: Sequence[str] = ("train", "val", "test"),
     rebuild: bool = False,
+    run: _Folder | None = None,
 ) -> tuple[PreparedSplit, ...]:
     """Read the splits, pack the images and encode the captions; each result is kept in a cache.
 
     Returns a `PreparedSplit` for train and for val, and for test where `config.test_images` asks for one;
-    `names` picks some of them. `rebuild=True` makes the caches anew. Raises `LabError` where files are
-    missing or damaged."""
-    splits, packed, replaced = _pack_splits(_data_root(config, progress), config, names, progress, rebuild)
+    `names` picks some of them. `rebuild=True` makes the caches anew. `run`: a run folder, whose split.json
+    says by file which images are in each split; nothing is drawn then. Raises `LabError` where files are
+    missing, changed or damaged."""
+    root = _data_root(config, progress)
+    splits, packed, replaced = _pack_splits(root, config, names, progress, rebuild, run)
     if progress:
         for split in splits:
             _report_missing(split)
