@@ -1,24 +1,27 @@
 "A server on this machine that fails on demand, for the tests of downloads."
 
-import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 
 
 class UnreliableServer(ThreadingHTTPServer):
     """Serves `folder` to this machine alone, and fails on demand; `url` is its address. Use it in a `with`.
 
     `faults[name]` is a list of faults for the next requests for a file, or one fault for all of them:
-    a status such as 500, "cut", "drop", "html", "slow", "fine". `asked` counts the requests for each name."""
+    a status such as 500, "cut", "drop", "html", "fine", or a function of the handler that answers.
+    After `answers_left` answers all further requests wait until the server ends or `released` is set, and are
+    then dropped: so a test finds the client in the middle, however busy the machine is. `asked` counts the
+    requests for each name."""
 
     daemon_threads, request_queue_size = True, 128
 
-    def __init__(self, folder, delay=0):
+    def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder = Path(folder)
-        self.delay = delay  # seconds before each answer
+        self.answers_left = None  # None: without end
+        self.released = Event()
         self.faults = {}
         self.asked = Counter()
         self.lock = Lock()
@@ -26,6 +29,9 @@ class UnreliableServer(ThreadingHTTPServer):
         Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def next_fault(self, name):
+        if self.is_closed():
+            self.released.wait()
+            return "drop"
         with self.lock:
             self.asked[name] += 1
             fault = self.faults.get(name, "fine")
@@ -33,10 +39,18 @@ class UnreliableServer(ThreadingHTTPServer):
                 return fault.pop(0) if fault else "fine"
             return fault
 
+    def is_closed(self):
+        with self.lock:
+            if self.answers_left is None:
+                return False
+            self.answers_left -= 1
+            return self.answers_left < 0
+
     def handle_error(self, request, client):
         pass  # a client that closed the connection
 
     def __exit__(self, *args):
+        self.released.set()
         self.shutdown()
         super().__exit__(*args)
 
@@ -50,8 +64,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         fault = self.server.next_fault(self.path.rpartition("/")[2])
         file = self.server.folder / self.path.lstrip("/")
-        time.sleep(self.server.delay)
-        if fault == "drop":
+        if callable(fault):
+            fault(self)
+        elif fault == "drop":
             self.close_connection = True
         elif fault == "html":
             self.answer(200, b"<html>Please log in</html>")
@@ -73,11 +88,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.close_connection = fault != "fine"
         end = (start + len(body)) // 2 if fault == "cut" else None
-        self.send_body(body[start:end], fault)
-
-    def send_body(self, body, fault):
-        step = 40 if fault == "slow" else len(body) or 1
-        for at in range(0, len(body), step):
-            self.wfile.write(body[at : at + step])
-            if fault == "slow":
-                time.sleep(0.1)
+        self.wfile.write(body[start:end])

@@ -12,8 +12,9 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -106,6 +107,19 @@ def _atomic_path(path: _AnyPath) -> Iterator[Path]:
             shutil.rmtree(part)
         else:
             part.unlink(missing_ok=True)
+
+# %% ../../nbs/lib/core/01_files.ipynb #fc1e8c37
+def _remove_old_parts(*folders: _AnyPath, age: float = 3600) -> None:
+    "Remove from `folders` what a killed process left of `_atomic_path`, if older than `age` seconds."
+    for part in (part for folder in folders for part in Path(folder).glob(".part-*")):
+        with suppress(FileNotFoundError):  # another process tidies up as well
+            changed = max(path.stat().st_mtime for path in (part, *part.rglob("*")))
+            if age and time.time() - changed < age:
+                continue
+            if part.is_dir():
+                shutil.rmtree(part)
+            else:
+                part.unlink()
 
 # %% ../../nbs/lib/core/01_files.ipynb #76de7cc0
 def write_text(path: _AnyPath, text: str) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
+from threading import BoundedSemaphore, Event
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..core.config import LabConfig
-from ..core.files import LabError, _atomic_path, write_json
+from ..core.files import LabError, _atomic_path, _remove_old_parts, write_json
 from .captions import CaptionSplit, _listed_split, _read_captions
 from .layouts import _with_karpathy_test
 from .splits import _SPLIT_FILE, _recorded_bad, _Replaced, _split_record, draw_splits
@@ -35,6 +35,11 @@ from .splits import _SPLIT_FILE, _recorded_bad, _Replaced, _split_record, draw_s
 _T = TypeVar("_T")
 
 # %% ../../nbs/lib/data/06_download.ipynb #9a97e9c9
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")  # others may start a program, as PostScript does
+_MOST_BYTES, _MOST_PIXELS = 10_000_000, 25_000_000  # of one picture; COCO's have at most 640 × 640 pixels
+_DECODERS = BoundedSemaphore(4)  # so many pictures are decoded at a time, whatever the number of workers
+
+
 def _why_no_picture(data: bytes) -> str | None:
     "Why these bytes are not one whole picture; None if they are."
     if not data:
@@ -42,8 +47,8 @@ def _why_no_picture(data: bytes) -> str | None:
     if data.lstrip()[:1] == b"<":
         return "it is a web page"
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
+        with _DECODERS, Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if image.width * image.height > _MOST_PIXELS:
                 return f"it claims to have {image.width:,} × {image.height:,} pixels"
             image.load()
     except Image.DecompressionBombError:
@@ -98,51 +103,67 @@ def _request(
             retries=_REDIRECTS_ONLY,
             timeout=timeout,
         )
-    except urllib3.exceptions.HTTPError as e:
-        raise _TryAgain(_network_reason(e)) from None
+    except (urllib3.exceptions.HTTPError, ValueError) as e:  # ValueError: it is sent to an odd address
+        raise _network_failure(e) from None
+    if url.startswith("https:") and (response.geturl() or "").startswith("http:"):
+        response.close()
+        raise _Unavailable("the server sends it elsewhere, without encryption")
     if response.status in (200, 206):
         return response
-    response.drain_conn()
+    response.close()
     if response.status >= 500 or response.status in (408, 425, 429):
         raise _TryAgain(f"the server says {response.status}", _seconds(response.headers.get("Retry-After")))
     raise _Unavailable(f"the server says {response.status}")
 
 # %% ../../nbs/lib/data/06_download.ipynb #5563004c
 def _seconds(retry_after: str | None) -> float:
-    "Seconds that a Retry-After header asks for, as a number or a date."
+    "Seconds that a Retry-After header asks for, at most six hours; 0 where it is no number and no date."
     try:
-        return max(0, urllib3.Retry().parse_retry_after(retry_after)) if retry_after else 0
-    except urllib3.exceptions.InvalidHeader:
+        return min(max(0, urllib3.Retry().parse_retry_after(retry_after or "0")), 21_600)
+    except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
         return 0
 
 
-def _network_reason(error: Exception) -> str:
+def _network_failure(error: Exception) -> Exception:
+    "`_TryAgain` or `_Unavailable` for an error of urllib3."
     error = getattr(error, "reason", None) or error
+    if isinstance(error, urllib3.exceptions.ResponseError):
+        return _Unavailable("the server sends it from one address to the next, in a circle")
+    if isinstance(error, ValueError):
+        return _Unavailable("the server sends it to an address that is none")
+    if isinstance(error, urllib3.exceptions.SSLError) and "certificate" in str(error):
+        return _Unavailable("the certificate of the server is not accepted")
     if isinstance(error, urllib3.exceptions.NewConnectionError):
-        return "no connection to the server"
+        return _TryAgain("no connection to the server")
     if isinstance(error, urllib3.exceptions.TimeoutError):
-        return "the server does not answer in time"
-    return "the connection broke"
+        return _TryAgain("the server does not answer in time")
+    return _TryAgain("the connection broke")
 
 # %% ../../nbs/lib/data/06_download.ipynb #0c15d56d
-def _pieces(response: Any, stop: Event, until: float) -> Iterator[bytes]:
-    "The body in pieces; `_TryAgain` if it breaks off or lasts beyond `until`, `_Stopped` when `stop` is set."
+def _pieces(response: Any, stop: Event, until: float, most: float) -> Iterator[bytes]:
+    """The body in pieces; `_TryAgain` if it breaks off or lasts beyond `until`, `_Unavailable` if it has
+    more than `most` bytes, `_Stopped` when `stop` is set."""
+    size, whole = 0, False
     try:
         while piece := response.read1(2**16, decode_content=False):
+            size += len(piece)
             if stop.is_set():
                 raise _Stopped
             if time.monotonic() > until:
                 raise _TryAgain("the server is too slow")
+            if size + (response.length_remaining or 0) > most:
+                raise _Unavailable(f"the server sends more than {most / 1e6:,.0f} MB")
             yield piece
+        whole = True
     except urllib3.exceptions.IncompleteRead:
         raise _TryAgain("the answer breaks off") from None
     except urllib3.exceptions.HTTPError as e:
-        raise _TryAgain(_network_reason(e)) from None
+        raise _network_failure(e) from None
     finally:
-        if response.length_remaining:
-            response.close()
-        else:
+        if whole:
             response.release_conn()
+        else:
+            response.close()
 
 # %% ../../nbs/lib/data/06_download.ipynb #86e42c62
 @dataclass(frozen=True)
@@ -212,7 +233,7 @@ def _is_whole(path: str | Path) -> bool:
 def _get_picture(pool: urllib3.PoolManager, url: str, patience: _Patience, stop: Event) -> bytes:
     "The bytes of one whole picture."
     response = _request(pool, url, patience.timeout)
-    data = b"".join(_pieces(response, stop, time.monotonic() + patience.longest))
+    data = b"".join(_pieces(response, stop, time.monotonic() + patience.longest, _MOST_BYTES))
     reason = _why_no_picture(data)
     if reason:
         raise _TryAgain(reason)
@@ -286,11 +307,15 @@ def _collect_failures(
     return failed
 
 # %% ../../nbs/lib/data/06_download.ipynb #b4a6d80d
+_MOST_ARCHIVE_BYTES = 10**9  # it has a quarter of that
+
+
 def _get_rest(
     pool: urllib3.PoolManager, url: str, part: Path, patience: _Patience, stop: Event, bar: Any
 ) -> None:
-    "Append to `part` what it lacks of `url`."
-    have = part.stat().st_size if part.is_file() else 0
+    "Write to `part` what it lacks of `url`; it is progress only if more is there than ever before."
+    part.touch()
+    had = have = part.stat().st_size
     try:
         response = _request(pool, url, patience.timeout, {"Range": f"bytes={have}-"} if have else {})
     except _Unavailable as e:
@@ -298,18 +323,17 @@ def _get_rest(
             raise
         return  # there is no rest: the hash will tell
     if response.status == 200:
-        have = 0  # the server starts from the beginning
-    bar.total, bar.n = have + int(response.headers.get("Content-Length", 0)) or None, have
-    received = 0
-    with open(part, "r+b" if have else "wb") as f:
+        have = 0  # the server starts from the beginning; what is there already is written over
+    bar.total, bar.n = have + (response.length_remaining or 0) or None, have
+    with open(part, "r+b") as f:
         f.seek(have)
         try:
-            for piece in _pieces(response, stop, float("inf")):
+            for piece in _pieces(response, stop, float("inf"), _MOST_ARCHIVE_BYTES - have):
                 f.write(piece)
-                received += len(piece)
                 bar.update(len(piece))
         except _TryAgain as e:
-            raise _TryAgain(str(e), e.after, progress=received > 0) from None
+            raise _TryAgain(str(e), e.after, progress=f.tell() > had) from None
+        f.truncate()
 
 # %% ../../nbs/lib/data/06_download.ipynb #8d3b6b5c
 def _fetch_archive(
@@ -367,9 +391,10 @@ def _unpack(archive: zipfile.ZipFile, name: str, path: Path) -> None:
 class _Source:
     "The addresses and sizes of COCO 2014."
 
-    archive: str = "http://images.cocodataset.org/annotations/annotations_trainval2014.zip"
+    # images.cocodataset.org by its other name, since its certificate is that of s3.amazonaws.com
+    archive: str = "https://s3.amazonaws.com/images.cocodataset.org/annotations/annotations_trainval2014.zip"
     md5: str = "0a379cfc70b0e71301e0f377548639bd"
-    images: str = "http://images.cocodataset.org/{folder}/{file}"
+    images: str = "https://s3.amazonaws.com/images.cocodataset.org/{folder}/{file}"
     archive_bytes: int = 252_872_794
     image_bytes: int = 160_000  # of an average picture
 
@@ -457,7 +482,7 @@ def prepare_coco2014(
         raise LabError(
             f"{root}: this folder cannot be made ({e.strerror}); name another one with --root"
         ) from None
-    _remove_old_parts(root)
+    _remove_old_parts(root, *(root / name for name in ("annotations", "train2014", "val2014")))
     pools = _listed_images(root, source, patience, progress)
     if config.test_images != 0:
         pools = _with_karpathy_test(pools, root, config.test_images)
@@ -488,11 +513,3 @@ def _fetch_splits(
         if config.on_bad == "fail":
             _refuse_failed(splits, failed)
         bad = _add_failed(bad, splits, failed)
-
-# %% ../../nbs/lib/data/06_download.ipynb #da806176
-def _remove_old_parts(root: Path, age: float = 3600) -> None:
-    "Remove temporary files of a killed run: those older than an hour."
-    for folder in (root, *(root / name for name in ("annotations", "train2014", "val2014"))):
-        for part in folder.glob(".part-*"):
-            if time.time() - part.stat().st_mtime > age:
-                part.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..core.config import LabConfig
-from ..core.files import LabError, _atomic_path, cache_dir, read_json, write_json
+from ..core.files import LabError, _atomic_path, _remove_old_parts, cache_dir, read_json, write_json
 from clip475.data.drawings import (
     _COLOURS,
     _GROUP_OF,
@@ -469,6 +469,7 @@ def _prepare_scenes(config: LabConfig, progress: bool = True) -> Path:
     root = cache_dir() / f"scenes-v{_VERSION}-{sizes}-seed{config.seed}"
     if root.exists():
         return root
+    _remove_old_parts(cache_dir())  # of a drawing that was killed
     try:
         return write_scenes(
             root, config.train_images, config.val_images, config.seed, config.image_size, progress

@@ -7,7 +7,6 @@ __all__ = ['fit', 'live_curves']
 
 # %% ../../nbs/lib/training/07_runs.ipynb #5ebf44ec
 import os
-import shutil
 import signal
 import threading
 import warnings
@@ -25,7 +24,7 @@ from matplotlib.figure import Figure
 from ..core.config import LabConfig
 from ..core.devices import pick_device
 from ..core.figures import plot_run
-from ..core.files import LabError, write_text
+from ..core.files import LabError, _remove_old_parts, write_text
 from ..models.joint import DualEncoder, save_model
 from ..models.text import _weights_fingerprint
 from .batches import PreparedSplit, _steps_per_epoch
@@ -78,16 +77,6 @@ def _acquire_lock(run: Path) -> Any:
         ) from None
 
 
-def _delete_partial_files(run: Path) -> None:
-    "Delete what a process left that was killed while it wrote."
-    for folder in (run, run / "checkpoint", run / "figures"):
-        for part in folder.glob(".part-*"):
-            if part.is_dir():
-                shutil.rmtree(part)
-            else:
-                part.unlink()
-
-
 @contextmanager
 def _lock_run_folder(run: _Folder, process_group: ProcessGroup) -> Iterator[None]:
     "Keep the run folder for this run alone during the block; raises `LabError` if another run uses it."
@@ -96,7 +85,7 @@ def _lock_run_folder(run: _Folder, process_group: ProcessGroup) -> Iterator[None
         return
     held = _acquire_lock(Path(run))
     try:
-        _delete_partial_files(Path(run))
+        _remove_old_parts(run, Path(run) / "checkpoint", Path(run) / "figures", age=0)
         yield
     finally:
         held.lock.release()
