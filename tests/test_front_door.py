@@ -276,7 +276,7 @@ def test_a_second_search_embeds_only_what_is_new_or_changed(album, model, monkey
 
     def watch(index, folder, names, *rest):
         embedded.extend(names)
-        original(index, folder, names, *rest)
+        return original(index, folder, names, *rest)
 
     monkeypatch.setattr(folder_module, "_embed_portion", watch)
     assert find("a dog", album, model=model).embedded == 0 and embedded == []
@@ -284,7 +284,7 @@ def test_a_second_search_embeds_only_what_is_new_or_changed(album, model, monkey
     Image.new("RGB", (50, 50), "navy").save(album / "3.jpg")
     (album / "old" / "1.jpg").unlink()
     found = find("a dog", album, k=99, model=model)
-    assert sorted(embedded) == ["3.jpg", "copy.jpg"] and found.embedded == 2
+    assert sorted(embedded) == ["3.jpg", "copy.jpg"] and found.embedded == 1  # a copy is known by its content
     assert sorted(found.paths) == sorted(map(str, album.rglob("*.jpg")))
     scores = dict(zip(found.paths, found.scores, strict=True))
     assert scores[str(album / "0.jpg")] == pytest.approx(scores[str(album / "copy.jpg")], abs=1e-4)
@@ -298,8 +298,8 @@ def test_an_interrupted_search_keeps_what_was_done(album, model, monkeypatch):
     def stops(index, folder, names, *rest):
         if len(done) == 8:
             raise KeyboardInterrupt
-        original(index, folder, names, *rest)
         done.extend(names)
+        return original(index, folder, names, *rest)
 
     monkeypatch.setattr(folder_module, "_PORTION", 4)
     monkeypatch.setattr(folder_module, "_embed_portion", stops)
@@ -387,6 +387,4 @@ def test_mistakes_get_one_sentence(album, model, tmp_path):
         with pytest.raises(LabError, match=sentence) as e:
             find(*args, model=model)
         assert "\n" not in str(e.value)
-    with pytest.raises(LabError, match="name a model"):
-        find("a dog", album)
     assert "zeppelin" in find("a red zeppelin", album, model=model).note

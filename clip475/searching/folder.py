@@ -6,15 +6,23 @@
 __all__ = ['search']
 
 # %% ../../nbs/lib/searching/03_folder.ipynb #527694c4
+import hashlib
+import html
 import json
 import os
+import stat
 import warnings
-from collections.abc import Iterator
+from base64 import b64encode
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import pandas as pd
 import torch
@@ -24,135 +32,200 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from ..core.figures import plot_gallery
-from ..core.files import LabError, cache_dir, fingerprint, save_tensors
-from ..data.images import _read_square
+from ..core.files import LabError, _visible, cache_dir, fingerprint, save_tensors, write_text
+from ..data.pixels import _BadImage, _read_square, load_image
 from ..evaluation.retrieval import _check_k, top_k
-from .index import _Found
+from .index import _as_texts, _combine, _Found, _picture_of
 from .model import ImageTextModel, _loaded_model, _ModelOrName
 
 # %% ../../nbs/lib/searching/03_folder.ipynb #77486911
-_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_Stamp = tuple[int, int]  # size in bytes, time of the last change in nanoseconds
+_ENDINGS = tuple(".jpg .jpeg .jfif .png .webp .gif .bmp .tif .tiff .heic .heif .avif".split())
+_Stamp = tuple[int, int, int, int]  # bytes, times of the last write and of the last change (ns), inode
 
 
-def _pictures_in(folder: Path) -> dict[str, _Stamp]:
-    """The pictures below `folder`, sorted by name.
+def _stamp(about: os.stat_result) -> _Stamp:
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino
 
-    Path relative to the folder → size and time of the last change."""
-    found = {}
-    for place, folders, files in os.walk(folder):
+
+def _is_picture_name(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(_ENDINGS)
+
+
+def _pictures_in(folder: Path) -> tuple[dict[str, _Stamp], dict[str, str]]:
+    """The pictures below `folder`, sorted by name: path relative to it → stamp.
+
+    And what could not be looked at: path → reason."""
+    found: dict[str, _Stamp] = {}
+    unread: dict[str, str] = {}
+    top = os.path.join(folder, "")
+
+    def refused(error: OSError) -> None:
+        unread[str(error.filename).removeprefix(top)] = str(error.strerror)
+
+    for place, folders, files in os.walk(folder, onerror=refused):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if name.startswith(".") or not name.lower().endswith(_ENDINGS):
-                continue
-            path = Path(place) / name
+        for path in [os.path.join(place, name) for name in files if _is_picture_name(name)]:
             try:
-                about = path.stat()
-            except OSError:  # it went away meanwhile, or is a link to nothing
+                about = os.stat(path)
+            except FileNotFoundError:  # it went away meanwhile, or is a link to nothing
                 continue
-            found[path.relative_to(folder).as_posix()] = (about.st_size, about.st_mtime_ns)
-    return dict(sorted(found.items()))
+            except OSError as error:
+                refused(error)
+                continue
+            if stat.S_ISREG(about.st_mode):
+                found[path.removeprefix(top)] = _stamp(about)
+            else:
+                unread[path.removeprefix(top)] = "it is no plain file"
+    return dict(sorted(found.items())), unread
 
 
 def _checked_folder(folder: str | PathLike[str]) -> Path:
-    path = Path(folder)
+    path = Path(folder).expanduser()
     if not path.is_dir():
         raise LabError(f"{path}: there is no such folder; name the folder that holds your pictures")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise LabError(f"{path}: this folder may not be read; change its permissions or name another one")
     return path.resolve()
 
 # %% ../../nbs/lib/searching/03_folder.ipynb #d8782517
+_FORMAT = "2"
+
+
 @dataclass
 class _FolderIndex:
     "The embeddings of a folder's pictures, and those that did not decode."
 
-    embeddings: torch.Tensor  # (n, D), unit vectors
-    stamps: dict[str, _Stamp] = field(default_factory=dict)  # name of each row, in order
+    embeddings: dict[str, torch.Tensor]  # hash of a content: unit vector (D,)
+    files: dict[str, tuple[_Stamp, str]] = field(default_factory=dict)  # name: stamp and hash
     skipped: dict[str, tuple[_Stamp, str]] = field(default_factory=dict)  # name: stamp and reason
+    passing: dict[str, str] = field(default_factory=dict)  # name: reason that may be gone next time
 
     def restricted_to(self, present: dict[str, _Stamp]) -> "_FolderIndex":
-        "What still holds: pictures that are there and have not changed."
-        rows = [row for row, (name, stamp) in enumerate(self.stamps.items()) if present.get(name) == stamp]
-        names = list(self.stamps)
+        "What still holds: files that are there and have not changed. Embeddings stay, for files that moved."
+        files = {name: entry for name, entry in self.files.items() if present.get(name) == entry[0]}
         skipped = {name: entry for name, entry in self.skipped.items() if present.get(name) == entry[0]}
-        kept = {names[row]: self.stamps[names[row]] for row in rows}
-        return _FolderIndex(self.embeddings[rows], kept, skipped)
+        return _FolderIndex(self.embeddings, files, skipped)
 
-    def add(self, names: list[str], stamps: list[_Stamp], embeddings: torch.Tensor) -> None:
-        self.embeddings = torch.cat([self.embeddings, embeddings])
-        self.stamps.update(zip(names, stamps, strict=True))
+    def gallery(self, names: Sequence[str]) -> torch.Tensor:
+        "The embeddings of the named files, (n, D)."
+        return torch.stack([self.embeddings[self.files[name][1]] for name in names])
 
     def save(self, file: Path) -> None:
-        "Write it whole or not at all; a cache that cannot be written costs a warning, not the answer."
-        about = {"stamps": json.dumps(self.stamps), "skipped": json.dumps(self.skipped)}
-        try:
-            save_tensors(file, {"embeddings": self.embeddings}, about)
-        except OSError as error:
-            warnings.warn(
-                f"{file}: the index cannot be kept ({error.strerror or error}), so the next search embeds "
-                "these "
-                "pictures again; set CLIP475_CACHE to a folder that can be written",
-                stacklevel=2,
-            )
+        "Write what belongs to a file, whole or not at all. Raises `OSError`."
+        used = list(dict.fromkeys(digest for _, digest in self.files.values()))
+        rows = torch.stack([self.embeddings[digest] for digest in used]) if used else torch.empty(0, 0)
+        about = json.dumps({"hashes": used, "files": self.files, "skipped": self.skipped})
+        save_tensors(
+            file,
+            {"embeddings": rows},
+            {"format": _FORMAT, "about": about, "sum": fingerprint(rows, about)},
+        )
 
 
-def _read_index(file: Path, width: int) -> _FolderIndex:
+def _read_index(file: Path) -> _FolderIndex:
     "The index in `file`; an empty one where there is none or where it is damaged."
     try:
         with safe_open(file, "pt") as f:
-            about, embeddings = f.metadata() or {}, f.get_tensor("embeddings").clone()
-        stamps = {name: (size, time) for name, (size, time) in json.loads(about["stamps"]).items()}
-        skipped = {
-            name: ((size, time), why) for name, ((size, time), why) in json.loads(about["skipped"]).items()
-        }
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
-        return _FolderIndex(torch.empty(0, width))
-    if embeddings.shape != (len(stamps), width):
-        return _FolderIndex(torch.empty(0, width))
-    return _FolderIndex(embeddings, stamps, skipped)
+            kept, rows = f.metadata() or {}, f.get_tensor("embeddings").clone()
+    except (OSError, SafetensorError):
+        return _FolderIndex({})
+    if kept.get("format") != _FORMAT or kept["sum"] != fingerprint(rows, kept["about"]):
+        return _FolderIndex({})
+    about = json.loads(kept["about"])
+    files = {name: (tuple(stamp), digest) for name, (stamp, digest) in about["files"].items()}
+    skipped = {name: (tuple(stamp), why) for name, (stamp, why) in about["skipped"].items()}
+    return _FolderIndex(dict(zip(about["hashes"], rows)), files, skipped)
 
 
 def _index_file(folder: Path, model: ImageTextModel) -> Path:
     "Where the index of `folder` for this model is kept."
-    return cache_dir() / "folders" / f"{fingerprint(os.fsencode(folder), model.fingerprint)}.safetensors"
+    return cache_dir() / "folders" / model.fingerprint / f"{fingerprint(os.fsencode(folder))}.safetensors"
+
+
+def _known_elsewhere(file: Path) -> dict[str, torch.Tensor]:
+    "What the indexes of other folders hold for the same model: their pictures may have moved here."
+    others = [other for other in file.parent.glob("*.safetensors") if other != file]
+    known: dict[str, torch.Tensor] = {}
+    for other in others:
+        known |= _read_index(other).embeddings
+    return known
 
 # %% ../../nbs/lib/searching/03_folder.ipynb #cc46b318
 _PORTION = 64  # pictures that are decoded and embedded together
+_THREADS = min(8, os.cpu_count() or 1)
+_Content = tuple[str, torch.Tensor | None]  # hash, and pixels (S, S, 3) uint8 unless they are known by it
 
 
-def _decoded(paths: list[Path], size: int, pool: ThreadPoolExecutor) -> list[torch.Tensor | str]:
-    "The pixels (S, S, 3) uint8 of each picture, or the reason why there are none."
+def _read_picture(path: Path, stamp: _Stamp, size: int, known: Collection[str]) -> _Content:
+    "The content of one file, opened once. Raises `_BadImage`, also where it is not the file of `stamp`."
+    try:
+        with open(path, "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()[:32]
+            pixels = None if digest in known else torch.from_numpy(_read_square(path, size, f))
+            unchanged = _stamp(os.fstat(f.fileno())) == stamp
+    except OSError as error:
+        raise _BadImage(path, str(error.strerror), lasting=False) from None
+    if not unchanged:
+        raise _BadImage(path, "it changed while it was read", lasting=False)
+    return digest, pixels
 
-    def read(path: Path) -> torch.Tensor | str:
+
+def _decoded(
+    folder: Path, present: dict[str, _Stamp], size: int, known: Collection[str], pool: ThreadPoolExecutor
+) -> list[_Content | _BadImage]:
+    "The content of each file that is `present`, or why there is none."
+
+    def read(name: str) -> _Content | _BadImage:
         try:
-            return torch.from_numpy(_read_square(path, size))
-        except LabError as error:
-            return getattr(error, "reason", str(error))
+            return _read_picture(folder / name, present[name], size, known)
+        except _BadImage as error:
+            return error
 
-    return list(pool.map(read, paths))
+    return list(pool.map(read, present))
 
 
-def _portions(names: list[str]) -> Iterator[list[str]]:
+def _portions(present: dict[str, _Stamp]) -> Iterator[dict[str, _Stamp]]:
+    names = list(present)
     for start in range(0, len(names), _PORTION):
-        yield names[start : start + _PORTION]
+        yield {name: present[name] for name in names[start : start + _PORTION]}
 
 
 def _embed_portion(
     index: _FolderIndex,
     folder: Path,
-    names: list[str],
     present: dict[str, _Stamp],
     model: ImageTextModel,
     pool: ThreadPoolExecutor,
-) -> None:
-    "Embed some pictures and add them to `index`, or to what it skips."
-    read = _decoded([folder / name for name in names], model.config.image_size, pool)
-    pixels = {name: found for name, found in zip(names, read, strict=True) if isinstance(found, torch.Tensor)}
-    for name, found in zip(names, read, strict=True):
-        if isinstance(found, str):
-            index.skipped[name] = (present[name], found)
-    if pixels:
-        rows = model.encode_image(torch.stack(list(pixels.values())))
-        index.add(list(pixels), [present[name] for name in pixels], rows)
+) -> int:
+    "Add some files to `index`, or to what it skips; returns how many had to be embedded."
+    fresh: dict[str, torch.Tensor] = {}
+    read = _decoded(folder, present, model.config.image_size, index.embeddings, pool)
+    for (name, stamp), found in zip(present.items(), read, strict=True):
+        if isinstance(found, _BadImage):
+            reasons: dict[str, Any] = index.skipped if found.lasting else index.passing
+            reasons[name] = (stamp, found.reason) if found.lasting else found.reason
+            continue
+        digest, pixels = found
+        index.files[name] = (stamp, digest)
+        if pixels is not None:
+            fresh[digest] = pixels
+    if fresh:
+        index.embeddings |= dict(zip(fresh, model.encode_image(torch.stack(list(fresh.values())))))
+    return len(fresh)
+
+
+def _is_kept(index: _FolderIndex, file: Path) -> bool:
+    "Whether the index could be written; where not, a warning says so."
+    try:
+        index.save(file)
+        return True
+    except OSError as error:
+        warnings.warn(
+            f"{file}: the index cannot be kept ({error.strerror or error}), so the next search embeds these "
+            "pictures again; set CLIP475_CACHE to a folder that can be written",
+            stacklevel=3,
+        )
+        return False
 
 
 def _embed_new(
@@ -164,34 +237,46 @@ def _embed_new(
     progress: bool,
 ) -> int:
     "Bring `index` up to date with the pictures that are `present`; returns how many were embedded."
-    new = [name for name in present if name not in index.stamps and name not in index.skipped]
-    before, written = len(index.stamps), monotonic()
-    bar = tqdm(
-        total=len(new), desc="embedding pictures", unit="picture", disable=not (progress and new), leave=False
-    )
+    new = {n: stamp for n, stamp in present.items() if n not in index.files and n not in index.skipped}
+    if not new:
+        return 0
+    index.embeddings = _known_elsewhere(file) | index.embeddings
+    embedded, looked_at, written, stopped = 0, 0, monotonic(), False
+    bar = tqdm(total=len(new), desc="looking at new pictures", unit="", disable=not progress, leave=False)
     try:
-        with ThreadPoolExecutor() as pool, bar:
-            for names in _portions(new):
-                _embed_portion(index, folder, names, present, model, pool)
-                bar.update(len(names))
+        with bar, ThreadPoolExecutor(_THREADS) as pool, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # of odd notes in pictures
+            for portion in _portions(new):
+                embedded += _embed_portion(index, folder, portion, model, pool)
+                looked_at += len(portion)
+                bar.update(len(portion))
                 if monotonic() - written > 60:
-                    index.save(file)
+                    with suppress(OSError):  # said at the end
+                        index.save(file)
                     written = monotonic()
+    except KeyboardInterrupt:
+        stopped = True
     finally:
-        if new:
-            index.save(file)
-    return len(index.stamps) - before
+        kept = _is_kept(index, file)
+    if stopped:
+        what = "what was embedded is kept, and the same search goes on" if kept else "nothing could be kept"
+        raise KeyboardInterrupt(f"stopped after {looked_at:,} of {len(new):,} new pictures; {what}")
+    return embedded
 
 # %% ../../nbs/lib/searching/03_folder.ipynb #2c2e31e5
 @dataclass(frozen=True, repr=False)
 class _FolderFound(_Found):
-    """Pictures of a folder, best first: `items` with rank, score and image_path; how many were looked at.
+    """Pictures of a folder, best first, and what was looked at.
 
-    What was skipped."""
+    `items`: dicts with rank, score and image_path, with classes also class and probability."""
 
+    folder: str = ""
+    model: str = ""
     pictures: int = 0
     embedded: int = 0
-    skipped: dict[str, str] = field(default_factory=dict)  # path: why it does not decode
+    skipped: dict[str, str] = field(default_factory=dict)  # path: why it was left out
+    classes: dict[str, tuple[str, float]] = field(default_factory=dict)  # path: class and probability
+    counts: dict[str, int] = field(default_factory=dict)  # class: pictures
 
     @property
     def paths(self) -> list[str]:
@@ -204,32 +289,142 @@ class _FolderFound(_Found):
         return [item["score"] for item in self.items]
 
     def table(self) -> pd.DataFrame:
-        "A row for each picture: rank, score and path."
-        return pd.DataFrame(self.items, columns=["rank", "score", "image_path"])
+        "A row for each picture: rank, score, path, and its class where classes were given."
+        return pd.DataFrame(self.items).drop(columns="row")
 
     def figure(self) -> Figure:
         "The query and the pictures found, with their scores."
         return plot_gallery([self.gallery_row()])
 
+    def save_page(self, file: str | PathLike[str]) -> Path:
+        "Write a web page with the pictures found, which needs no other file, and return its path."
+        write_text(file, _page(self))
+        return Path(file)
+
     def __repr__(self) -> str:
-        lines = [f"{item['rank']:>3}  {item['score']:.3f}  {item['image_path']}" for item in self.items]
-        head = f"{self.query!r} in {self.pictures:,} pictures, {self.embedded:,} of them new"
+        lines = [_item_line(item) for item in self.items]
+        head = f"{_name_of(self.query)} in {self.pictures:,} pictures, {self.embedded:,} of them new"
+        counted = [f"{count:,} × {name}" for name, count in self.counts.items()]
         left_out = [f"{len(self.skipped):,} skipped, see .skipped"] if self.skipped else []
-        return "\n".join([head, *lines, *left_out, *([self.note] if self.note else [])])
+        return _visible("\n".join([head, *counted, *lines, *left_out, *filter(None, [self.note])]), keep="\n")
+
+
+def _name_of(query: object) -> str:
+    "A query as a reader sees it."
+    if isinstance(query, str):
+        return f"“{query}”"
+    return f"pictures like {Path(query).name if isinstance(query, PathLike) else 'the given one'}"
+
+
+def _item_line(item: dict[str, Any]) -> str:
+    kind = f"  {item['class']} ({item['probability']:.0%})" if "class" in item else ""
+    return f"{item['rank']:>3}  {item['score']:.3f}  {_visible(item['image_path'])}{kind}"
 
 # %% ../../nbs/lib/searching/03_folder.ipynb #e6291c86
-def _query_embedding(query: str | Path | Image.Image, model: ImageTextModel) -> tuple[torch.Tensor, str]:
-    "The embedding (1, D) of a query, and what the text tower could not read of it."
-    if not isinstance(query, str):
-        return model.encode_image(query), ""
-    if not query.strip():
+_THUMBNAIL, _MOST_ON_A_PAGE = 240, 200
+_STYLE = (
+    ":root{color-scheme:light dark}"
+    "body{background:Canvas;color:CanvasText;font:16px/1.45 system-ui,sans-serif;margin:1.5rem}"
+    f"ol{{display:grid;grid-template-columns:repeat(auto-fill,minmax({_THUMBNAIL}px,1fr));gap:1rem;padding:0}}"
+    "li{list-style:none}img{max-width:100%;border-radius:4px}"
+    "a,p,small{overflow-wrap:anywhere}small{display:block}"
+)
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def _escaped(text: str) -> str:
+    return html.escape(_visible(text))
+
+
+def _thumbnail(picture: Image.Image, alt: str) -> str:
+    "A small copy of a picture as an `<img>` that holds its own bytes."
+    small, data = picture.copy(), BytesIO()
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    small.save(data, "JPEG", quality=85)
+    source = f"data:image/jpeg;base64,{b64encode(data.getvalue()).decode()}"
+    return f'<img src="{source}" alt="{_escaped(alt)}" width="{small.width}" height="{small.height}">'
+
+
+def _card(item: dict[str, Any]) -> str:
+    "One answer: the picture, its score, and its path as a link."
+    path = Path(item["image_path"])
+    try:
+        shown = _thumbnail(load_image(path, _THUMBNAIL), f"{item['rank']}. {path.name}")
+    except _BadImage as error:
+        shown = f"<p>{_escaped(error.reason)}</p>"
+    kind = f" · {_escaped(item['class'])} {item['probability']:.0%}" if "class" in item else ""
+    link = f'<a href="{html.escape(path.as_uri())}">{_escaped(path.name)}</a>'
+    return (
+        f"<li>{shown}<br><b>{item['rank']}.</b> {item['score']:.3f}{kind}<br>{link}"
+        f"<small>{_escaped(str(path.parent))}</small></li>"
+    )
+
+
+def _skipped_html(skipped: dict[str, str]) -> str:
+    if not skipped:
+        return ""
+    lines = [f"<p>{_escaped(path)}: {_escaped(why)}</p>" for path, why in skipped.items()]
+    shown = "".join(lines[:_MOST_ON_A_PAGE])
+    return f"<details><summary>{len(skipped):,} skipped</summary>{shown}</details>"
+
+
+def _page(found: _FolderFound) -> str:
+    "The whole page."
+    title, items = _escaped(_name_of(found.query)), found.items[:_MOST_ON_A_PAGE]
+    of_picture = "" if found.of_text else _thumbnail(_picture_of(found.query), "the picture searched by")
+    counts = " · ".join(f"{_escaped(name)}: {count:,}" for name, count in found.counts.items())
+    about = (
+        f"{len(items):,} of {found.pictures:,} pictures in {_escaped(found.folder)}, "
+        f"model {_escaped(found.model)}"
+    )
+    lines = [f"<p>{line}</p>" for line in (of_picture, about, counts, _escaped(found.note)) if line]
+    return "\n".join(
+        [
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+            '<meta name="viewport" content="width=device-width">',
+            f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>",
+            *lines,
+            f"<ol>{''.join(map(_card, items))}</ol>",
+            f"{_skipped_html(found.skipped)}\n</body>\n</html>\n",
+        ]
+    )
+
+# %% ../../nbs/lib/searching/03_folder.ipynb #b4d38624
+_DEFAULT_MODEL = "photos"
+
+
+def _text_row(text: str, model: ImageTextModel) -> tuple[torch.Tensor, str]:
+    "The embedding (D,) of a text, and what the text tower could not read of it."
+    if not text.strip():
         raise LabError('the query is empty; say what to look for, as in "a dog in the snow"')
-    return model.encode_text(query), "; ".join(model.notes(query))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise LabError(f"the query {text!r} holds bytes that are no text; type it again") from None
+    return model.encode_text(text)[0], "; ".join(model.notes(text))
 
 
-def _no_pictures(folder: Path, skipped: dict[str, tuple[_Stamp, str]]) -> LabError:
+def _query_row(
+    query: str | Path | Image.Image, plus: list[str], minus: list[str], model: ImageTextModel
+) -> tuple[torch.Tensor, str]:
+    "The embedding (D,) of a query, and what the text tower could not read of it."
+    if isinstance(query, str):
+        if plus or minus:
+            raise LabError("plus and minus change a search by picture; give a picture as the query")
+        return _text_row(query, model)
+    try:
+        picture = model.encode_image(query)[0]
+    except _BadImage as error:
+        raise LabError(f"{error.path}: {error.reason}; name another picture to search by") from None
+    added, taken = ([_text_row(text, model) for text in texts] for texts in (plus, minus))
+    notes = dict.fromkeys(note for _, note in (*added, *taken) if note)
+    return _combine(picture, [row for row, _ in added], [row for row, _ in taken]), "; ".join(notes)
+
+
+def _no_pictures(folder: Path, skipped: dict[str, str]) -> LabError:
     if skipped:
-        name, (_, why) = next(iter(skipped.items()))
+        name, why = next(iter(skipped.items()))
         return LabError(
             f"{folder}: none of its {len(skipped):,} pictures decodes (the first is {name}: {why}); name "
             "another folder"
@@ -240,37 +435,87 @@ def _no_pictures(folder: Path, skipped: dict[str, tuple[_Stamp, str]]) -> LabErr
     )
 
 
+def _nearest(row: torch.Tensor, gallery: torch.Tensor, k: int) -> list[dict[str, Any]]:
+    "Rank, score and row of the `k` gallery rows nearest to an embedding (D,)."
+    scores, rows = top_k(row[None], gallery, min(k, len(gallery)))
+    pairs = zip(scores[0].tolist(), rows[0].tolist(), strict=True)
+    return [{"rank": rank, "score": round(score, 4), "row": at} for rank, (score, at) in enumerate(pairs, 1)]
+
+
+_Guess = tuple[str, float]  # class and probability
+
+
+def _surest(guesses: list[_Guess], classes: Sequence[str], k: int) -> list[dict[str, Any]]:
+    "Rank, score and row of the `k` most probable pictures of each class."
+    items = []
+    for name in classes:
+        rows = [row for row, (guess, _) in enumerate(guesses) if guess == name]
+        rows.sort(key=lambda row: -guesses[row][1])
+        items += [{"rank": i, "score": round(guesses[r][1], 4), "row": r} for i, r in enumerate(rows[:k], 1)]
+    return items
+
+
+def _described(items: list[dict[str, Any]], paths: list[str], guesses: list[_Guess]) -> list[dict[str, Any]]:
+    "The items with the path of their row and, where there are classes, its class."
+    for item in items:
+        item["image_path"] = paths[item["row"]]
+        if guesses:
+            item["class"], item["probability"] = guesses[item["row"]]
+    return items
+
+
 def search(
-    query: str | Path | Image.Image,
+    query: str | Path | Image.Image | None,
     folder: str | PathLike[str],
     k: int = 5,
     model: _ModelOrName | None = None,
     progress: bool = True,
+    *,
+    plus: str | Sequence[str] = (),
+    minus: str | Sequence[str] = (),
+    classes: Sequence[str] = (),
 ) -> _FolderFound:
-    """The `k` pictures in `folder` and below it that are nearest to `query`, best first.
+    """The `k` pictures in `folder` and below it that are nearest to `query`, best first; fewer if so few.
 
-    Fewer if there are fewer.
+    `query`: a text, or a picture as a `Path` or PIL image, more like the texts `plus`, less like `minus`.
+    `model`: what `load` returned, or what it takes (default: `photos`). `classes`: names such as "a dog";
+    each picture's most probable one stands in the answer, with counts over all pictures. Without a query
+    (None) the answer holds the `k` surest pictures of each class, and their score is the probability.
 
-    `query`: a text, or a picture as a `Path` or PIL image. `model`: what `load` returned, or what it takes.
-    The first search embeds the pictures, with a progress bar, and keeps them in the cache; later ones embed
-    what is new or changed by size or time. Ctrl-C keeps what was done. A picture that does not decode is
-    left out and listed in `skipped`. Iterate over the answer for dicts with rank, score (cosine) and
-    image_path. Raises `LabError` for a folder without pictures."""
+    The first search embeds the pictures, with a progress bar, and keeps the embeddings in the cache; later
+    ones embed what is new. Ctrl-C keeps what was done. What does not decode is listed in `skipped`, with
+    the reason. Iterate over the answer for dicts with rank, score (cosine) and image_path. Raises `LabError`
+    for a folder without pictures."""
     place = _checked_folder(folder)
     _check_k(k)
-    opened = _loaded_model(model)
-    embedding, note = _query_embedding(query, opened)
-    present, file = _pictures_in(place), _index_file(place, opened)
-    index = _read_index(file, opened.embedding_dim).restricted_to(present)
+    if query is None and not classes:
+        raise LabError("there is nothing to look for; give a text, a picture or classes")
+    present, unread = _pictures_in(place)
+    if not present:
+        raise _no_pictures(place, unread)
+    opened = _loaded_model(_DEFAULT_MODEL if model is None else model)
+    row, note = (None, "") if query is None else _query_row(query, _as_texts(plus), _as_texts(minus), opened)
+    file = _index_file(place, opened)
+    index = _read_index(file).restricted_to(present)
     embedded = _embed_new(index, place, present, opened, file, progress)
-    if not index.stamps:
-        raise _no_pictures(place, index.skipped)
-    scores, rows = top_k(embedding, index.embeddings, min(k, len(index.stamps)))
-    names = list(index.stamps)
-    items = [
-        {"rank": rank, "score": round(score, 4), "row": row, "image_path": str(place / names[row])}
-        for rank, (score, row) in enumerate(zip(scores[0].tolist(), rows[0].tolist(), strict=True), 1)
-    ]
-    skipped = {str(place / name): why for name, (_, why) in index.skipped.items()}
-    of_text = isinstance(query, str)
-    return _FolderFound(query, items, note, of_text, len(index.stamps), embedded, skipped)
+    reasons = unread | {name: why for name, (_, why) in index.skipped.items()} | index.passing
+    names = [name for name in present if name in index.files]
+    if not names:
+        raise _no_pictures(place, reasons)
+    gallery, paths = index.gallery(names), [str(place / name) for name in names]
+    guesses = [best[0] for best in opened.classify(gallery, classes, k=1)] if classes else []
+    items = _surest(guesses, classes, k) if row is None else _nearest(row, gallery, k)
+    counted = Counter(name for name, _ in guesses)
+    return _FolderFound(
+        query=", ".join(classes) if query is None else query,
+        items=_described(items, paths, guesses),
+        note=note,
+        of_text=query is None or isinstance(query, str),
+        folder=str(place),
+        model=opened.name,
+        pictures=len(names),
+        embedded=embedded,
+        skipped={str(place / name): why for name, why in reasons.items()},
+        classes=dict(zip(paths, guesses)),
+        counts={name: counted[name] for name in classes},
+    )
