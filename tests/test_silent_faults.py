@@ -1,6 +1,8 @@
 "Faults that gave a wrong number or lost a caption without a word; each was found in use."
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image
 from clip475.core.config import LabConfig
 from clip475.core.files import LabError, error_message, write_json
 from clip475.data.captions import _read_captions
+from clip475.data.images import _contents, _open_packed, _read_square, pack_images
 from clip475.data.layouts import _LAYOUTS, read_splits
 
 
@@ -188,3 +191,59 @@ def test_half_an_emoji_is_refused_with_file_and_entry(tmp_path):
     assert "image 1" in error_message(str(file), _read_captions, file)
     list_of(tmp_path, json.dumps({"a.png": ["x\ud83d"]}), "captions.json")
     assert "entry 0" in refusal(captions_in, tmp_path, "fiftyone")
+
+
+# packed pixels
+
+
+def split_of(root):
+    (split,) = _LAYOUTS["csv"].read(root).values()
+    return split
+
+
+def test_two_folders_with_equal_names_sizes_and_times_keep_their_own_pixels(tmp_path):
+    names, cache = names_of(4), tmp_path / "cache"
+    folder_of(tmp_path / "one", names)
+    folder_of(tmp_path / "two", names)
+    for number, name in enumerate(names):  # BMP: the size of the file tells nothing of its content
+        for folder, add in (("one", 0), ("two", 50)):
+            picture(tmp_path / folder / f"{name}.bmp", number + add)
+            (tmp_path / folder / f"{name}.bmp").replace(tmp_path / folder / name)
+            os.utime(tmp_path / folder / name, ns=(10**18, 10**18))
+    one, two = split_of(tmp_path / "one"), split_of(tmp_path / "two")
+    first = pack_images(one, 32, cache, progress=False).copy()
+    second = pack_images(two, 32, cache, progress=False).copy()
+    assert (second[0] == _read_square(two.image_paths[0], 32)).all() and (first != second).any()
+    for name in names:  # changed in place, with size and time as before
+        shutil.copyfile(tmp_path / "one" / name, tmp_path / "two" / name)
+        os.utime(tmp_path / "two" / name, ns=(10**18, 10**18))
+    assert (pack_images(two, 32, cache, progress=False) == first).all()
+
+
+@pytest.mark.parametrize("harm", ["one bit", "another array of the same shape"])
+def test_packed_pixels_that_changed_on_the_disk_are_made_again(tmp_path, harm, capsys):
+    split = split_of(folder_of(tmp_path / "data", names_of(5)))
+    packed = pack_images(split, 32, tmp_path / "cache", progress=False)
+    right, file = packed.copy(), packed.filename
+    del packed
+    array = np.lib.format.open_memmap(file, mode="r+")
+    if harm == "one bit":
+        array[3, 5, 7, 1] ^= 4
+    else:
+        array[:] = array[::-1].copy()
+    array.flush()
+    del array
+    assert "'checksum'" in error_message(str(file), _open_packed, file, split, 32)
+    assert (pack_images(split, 32, tmp_path / "cache") == right).all()
+    assert "its bytes have changed" in capsys.readouterr().err
+
+
+def test_known_contents_that_are_damaged_or_cannot_be_written_change_nothing(tmp_path):
+    split = split_of(folder_of(tmp_path / "data", names_of(5)))
+    right = _contents(split, tmp_path / "cache")
+    (kept,) = (tmp_path / "cache.contents").iterdir()
+    for damaged in ("", "{", "[]", "3", '{"p000.png": 1}', '{"p000.png": [1, 2, 3, 4, "0"]}'):
+        kept.write_text(damaged)
+        assert _contents(split, tmp_path / "cache") == right
+    (tmp_path / "file.contents").write_text("a file in the way")
+    assert _contents(split, tmp_path / "file") == right

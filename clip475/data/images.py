@@ -6,6 +6,7 @@
 __all__ = ['pack_images', 'epoch_order', 'batches']
 
 # %% ../../nbs/lib/data/08_images.ipynb #aabf2d28
+import hashlib
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..core.files import LabError, cache_dir, fingerprint, read_json, write_json
-from .captions import CaptionSplit
+from .captions import CaptionSplit, _names_below
 from .pixels import _BadImage, load_image, resize_square
 
 # %% ../../nbs/lib/data/08_images.ipynb #b484a610
@@ -39,16 +40,16 @@ _TRANSFORM = (
     "bicubic antialiased by torch, uint8"
 )
 _Bad = tuple[int, Path, str]  # image id, path, reason
-_Stamp = tuple[str, int, int]  # name, length and time of a file
+_Stamp = list[int]  # length, times of writing and of any change, and number of a file
 
 
 def _stamps(split: CaptionSplit) -> list[_Stamp]:
-    "Name, length and time of each image's file; `_BadImages` names those that are missing."
+    "The stamp of each image's file; `_BadImages` names those that are missing."
     stamps, bad = [], []
     for id, path in zip(split.image_ids.tolist(), split.image_paths):
         try:
             status = path.stat()
-            stamps.append((path.name, status.st_size, status.st_mtime_ns))
+            stamps.append([status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino])
         except FileNotFoundError:
             bad.append((id, path, "there is no such file"))
         except OSError as error:
@@ -58,13 +59,56 @@ def _stamps(split: CaptionSplit) -> list[_Stamp]:
     return stamps
 
 
-def _manifest(split: CaptionSplit, size: int, stamps: Sequence[_Stamp]) -> dict[str, Any]:
+def _content(path: Path) -> str | None:
+    "16 hex digits of the file's content; None where it cannot be read: the decoder says why."
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError:
+        return None
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _packed_folder(folder: str | Path | None = None) -> Path:
+    return Path(folder or cache_dir() / "images").expanduser().absolute()
+
+
+def _known_contents(split: CaptionSplit, folder: Path) -> tuple[Path, dict[str, list]]:
+    "The file beside the `folder` of arrays that keeps hashes of the files below `split.root`; its content."
+    file = folder.with_name(folder.name + ".contents") / f"{fingerprint(str(split.root.absolute()))}.json"
+    try:
+        known = read_json(file) if file.is_file() else {}
+    except (LabError, OSError):
+        known = {}
+    entries = known.items() if isinstance(known, dict) else ()
+    return file, {name: entry for name, entry in entries if isinstance(entry, list) and len(entry) == 5}
+
+
+def _contents(split: CaptionSplit, folder: Path | None = None) -> list[str]:
+    """A hash of the content of each image's file; `_BadImages` names those that are missing.
+
+    A file is read again when its length, its times or its number in the file system have changed."""
+    stamps, names = _stamps(split), _names_below(split.root, split.image_paths)
+    file, known = _known_contents(split, _packed_folder(folder))
+    new = [row for row, name in enumerate(names) if known.get(name, [None])[:-1] != stamps[row]]
+    if new:
+        with ThreadPoolExecutor(_cores()) as pool:
+            found = pool.map(lambda row: _content(split.image_paths[row]), new)
+        known |= {names[row]: [*stamps[row], content] for row, content in zip(new, found)}
+        with suppress(OSError):  # where nothing can be written, the files are read again next time
+            write_json(file, {name: entry for name, entry in known.items() if entry[-1]})
+    return [str(known[name][-1]) for name in names]
+
+
+def _manifest(split: CaptionSplit, size: int, contents: Sequence[str]) -> dict[str, Any]:
     "What a packed array is made from; anything that changes a pixel changes it."
     return {
         "split": split.fingerprint,
         "images": len(split),
         "size": size,
-        "files": fingerprint(stamps),
+        "files": fingerprint(contents),
         "transform": _TRANSFORM,
         "clip475": __version__,
         "pillow": pillow_version,
@@ -90,17 +134,29 @@ class _BadImages(LabError):
 _REBUILD = "make it anew with clip475 prepare --rebuild"
 
 
-def _check_manifest(file: Path, wanted: Mapping[str, Any]) -> None:
-    "Raise a `LabError` that names the first field of the manifest beside `file` that is not as wanted."
+def _checksum(packed: np.ndarray, chunk: int = 2**25) -> str:
+    "A checksum of every byte of an array, from CRC-32s of its parts."
+    flat = packed.reshape(-1)
+    parts = (flat[start : start + chunk] for start in range(0, flat.size, chunk))
+    with ThreadPoolExecutor(_cores()) as pool:
+        return fingerprint(list(pool.map(zlib.crc32, parts)))
+
+
+def _check_manifest(file: Path, wanted: Mapping[str, Any]) -> str | None:
+    """The checksum in the manifest beside `file`.
+
+    Raise a `LabError` that names the first other field that is not as wanted."""
     beside = file.with_suffix(".json")
     found = read_json(beside)
     if not isinstance(found, dict):
         raise LabError(f"{beside}: this is no manifest; {_REBUILD}")
+    checksum = found.pop("checksum", None)
     for name in {**wanted, **found}:
         if found.get(name) != wanted.get(name):
             raise LabError(
                 f"{beside}: {name!r} is {found.get(name)!r} and should be {wanted.get(name)!r}; {_REBUILD}"
             )
+    return checksum
 
 
 def _open_npy(file: Path, images: int, size: int) -> np.ndarray:
@@ -119,15 +175,22 @@ def _open_npy(file: Path, images: int, size: int) -> np.ndarray:
 
 
 def _open_checked(file: Path, manifest: Mapping[str, Any]) -> np.ndarray:
-    _check_manifest(file, manifest)
-    return _open_npy(file, manifest["images"], manifest["size"])
+    expected = _check_manifest(file, manifest)
+    packed = _open_npy(file, manifest["images"], manifest["size"])
+    if (found := _checksum(packed)) != expected:
+        raise LabError(
+            f"{file}: its bytes have changed since it was made: 'checksum' is {found} "
+            f"and {file.with_suffix('.json')} says {expected}; {_REBUILD}"
+        )
+    return packed
 
 
 def _open_packed(file: str | Path, split: CaptionSplit, size: int) -> np.ndarray:
     """The array that `pack_images` wrote to `file`, (N, S, S, 3) uint8, memory-mapped and read-only.
 
-    Raises `LabError`, naming the field, if it was made from anything else than `split` at `size`."""
-    return _open_checked(Path(file), _manifest(split, size, _stamps(split)))
+    Every byte is checked. Raises `LabError`, naming the field, if it was made from anything else than `split`
+    at `size`, or if a byte of it has changed."""
+    return _open_checked(Path(file), _manifest(split, size, _contents(split, Path(file).parent)))
 
 # %% ../../nbs/lib/data/08_images.ipynb #f386a1dd
 class _Unfinished:
@@ -188,10 +251,6 @@ def _finished_rows(unfinished: _Unfinished) -> dict[str, int]:
     return rows
 
 # %% ../../nbs/lib/data/08_images.ipynb #7e04a5a0
-def _key(id: int, path: Path, stamp: _Stamp) -> str:
-    return fingerprint([id, str(path.absolute()), *stamp[1:]])
-
-
 def _leftovers(own: _Unfinished, prefix: str) -> list[_Unfinished]:
     "Unfinished arrays of the same name and size that a stopped run left, without `own`."
     found = []
@@ -224,10 +283,6 @@ def _record(own: _Unfinished, f: IO[bytes], journal: IO[str], row: int, key: str
     journal.write(f"{row} {key} {zlib.crc32(pixels)}\n")
 
 # %% ../../nbs/lib/data/08_images.ipynb #7985b837
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _square_or_error(path: Path, size: int) -> "np.ndarray | _BadImage":
     try:
         return _read_square(path, size)
@@ -346,7 +401,9 @@ def _move_into_place(own: _Unfinished, job: _Job) -> None:
     "Move the array into place once the disk has all of it, its manifest first; then remove the rest."
     with open(own.file, "rb+") as f:
         os.fsync(f.fileno())
-    write_json(job.file.with_suffix(".json"), job.manifest)
+    packed = _open_npy(own.file, own.n, own.size)
+    write_json(job.file.with_suffix(".json"), job.manifest | {"checksum": _checksum(packed)})
+    del packed  # Windows moves no file that is open
     os.replace(own.file, job.file)
     # of stopped runs: no other process is packing now
     for old in own.file.parent.glob(f"{job.prefix}*"):
@@ -363,10 +420,12 @@ def _check_folder(folder: Path, paths: Sequence[Path]) -> None:
             )
 
 
-def _open_if_whole(file: Path, manifest: Mapping[str, Any]) -> np.ndarray | None:
+def _open_if_whole(file: Path, manifest: Mapping[str, Any], progress: bool = False) -> np.ndarray | None:
     try:
         return _open_checked(file, manifest)
-    except LabError:
+    except LabError as error:
+        if file.exists():
+            _write_message(progress, f"{str(error).removesuffix(f'; {_REBUILD}')}; packing it again")
         return None
 
 
@@ -380,18 +439,19 @@ def pack_images(
     """All images of `split`, decoded once: a memory-mapped, read-only (N, S, S, 3) uint8 array.
 
     Row i is image i. It lies in `folder` (default: `cache_dir()/"images"`) with a manifest of what it was
-    made from; its name changes when the split, a file, the size or the transform changes. A stopped call is
-    continued by the next. `rebuild` decodes everything again. Raises `_BadImages` with all images that cannot
-    be used; a call for a split without them takes over what is decoded."""
-    folder = Path(folder or cache_dir() / "images").expanduser().absolute()
+    made from and a checksum; its name changes when the split, the content of a file, the size or the
+    transform changes, and an array of which a byte has changed is made again. A stopped call is continued by
+    the next. `rebuild` decodes everything again. Raises `_BadImages` with all images that cannot be used; a
+    call for a split without them takes over what is decoded."""
+    folder = _packed_folder(folder)
     _check_folder(folder, split.image_paths)
-    stamps = _stamps(split)
-    manifest = _manifest(split, size, stamps)
+    contents = _contents(split, folder)
+    manifest = _manifest(split, size, contents)
     file = folder / f"{split.name}-{size}px-{fingerprint(manifest)}.npy"
-    packed = None if rebuild else _open_if_whole(file, manifest)
+    packed = None if rebuild else _open_if_whole(file, manifest, progress)
     if packed is not None:
         return packed
-    keys = [_key(*facts) for facts in zip(split.image_ids.tolist(), split.image_paths, stamps)]
+    keys = [f"{id}-{content}" for id, content in zip(split.image_ids.tolist(), contents)]
     job = _Job(split, keys, manifest, file, folder.with_name(folder.name + ".unfinished"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
