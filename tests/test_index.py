@@ -263,7 +263,7 @@ def test_an_index_of_something_else_is_refused(folder, tmp_path):
         SearchIndex.open(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["shape", "cut", "lost", "table"])
+@pytest.mark.parametrize("damage", ["shape", "cut", "lost", "table", "one bit", "swapped", "no checksums"])
 def test_a_damaged_folder_is_refused(index, tmp_path, damage):
     folder = index.save(tmp_path / "index")
     file = folder / "img_emb" / "img_emb_0.npy"
@@ -275,6 +275,14 @@ def test_a_damaged_folder_is_refused(index, tmp_path, damage):
         file.unlink()
     if damage == "table":
         (folder / "metadata" / "metadata_0.parquet").write_bytes(b"PAR1")
+    if damage == "one bit":
+        file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+    if damage == "swapped":
+        np.save(file, index.image_embeddings.flip(0).numpy())
+    if damage == "no checksums":
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        del manifest["checksums"]
+        (folder / _MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(LabError, match="build"):
         SearchIndex.open(folder)
 
@@ -284,7 +292,8 @@ def test_saving_never_overwrites_by_accident(index, tmp_path):
     with pytest.raises(LabError, match="overwrite=True"):
         index.save(folder)
     index.save(folder, overwrite=True)
-    assert json.loads((folder / _MANIFEST).read_text()) == index.manifest
+    manifest = json.loads((folder / _MANIFEST).read_text())
+    assert len(manifest.pop("checksums")) == 3 and manifest == index.manifest
     (tmp_path / "photos").mkdir()
     with pytest.raises(LabError, match="not overwritten"):
         index.save(tmp_path / "photos", overwrite=True)

@@ -6,6 +6,7 @@
 __all__ = ['Encoder', 'SearchIndex']
 
 # %% ../../nbs/lib/searching/01_index.ipynb #ce5948f8
+import hashlib
 import importlib.util
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,12 +20,13 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..core.config import LabConfig
 from ..core.figures import _GalleryRow
 from ..core.files import LabError, _atomic_path, _check_choice, fingerprint, read_json, write_json
-from ..data.pixels import _to_rgb, load_image, resize_square
+from ..data.captions import _has_half_character
+from ..data.pixels import _open_picture, _upright_rgb, load_image, resize_square
 from ..data.tokens import _token_lengths
 from ..evaluation.ranks import _check_embeddings, _check_labels, _first, _pair_scores, _pairing, _unit32
 from ..evaluation.retrieval import _captions_per_image
@@ -90,7 +92,7 @@ def _leading_first(caption_image: torch.Tensor | Sequence[int], images: int) -> 
     return np.concatenate([by_image[leading], np.delete(by_image, leading)])
 
 # %% ../../nbs/lib/searching/01_index.ipynb #ea8ca22f
-_MANIFEST, _FORMAT = "clip475_index.json", 1
+_MANIFEST, _FORMAT = "clip475_index.json", 2
 _FILES = {
     "image_embeddings": "img_emb/img_emb_0.npy",
     "text_embeddings": "text_emb/text_emb_0.npy",
@@ -108,6 +110,12 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         raise LabError(f"{folder}: this is no index, so it is not overwritten; choose another folder")
 
 
+def _checksum_of(file: Path) -> str:
+    "A checksum of every byte of a file."
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
 def _write_folder(folder: Path, arrays: dict[str, torch.Tensor], table: pd.DataFrame, manifest: dict) -> None:
     with _atomic_path(folder) as part:
         for file in _FILES.values():
@@ -115,7 +123,8 @@ def _write_folder(folder: Path, arrays: dict[str, torch.Tensor], table: pd.DataF
         for name, array in arrays.items():
             np.save(part / _FILES[name], array.numpy())
         table.to_parquet(part / _FILES["table"], index=False)
-        write_json(part / _MANIFEST, manifest)
+        checksums = {file: _checksum_of(part / file) for file in _FILES.values()}
+        write_json(part / _MANIFEST, manifest | {"checksums": checksums})
         if folder.exists():
             shutil.rmtree(folder)
 
@@ -127,6 +136,17 @@ def _check_expected(where: object, manifest: dict, expected: Mapping[str, object
                 f"{where}: the index was made with {name} {manifest.get(name)!r} and {value!r} was asked "
                 "for; "
                 "build the index again"
+            )
+
+
+def _check_bytes(folder: Path, checksums: object) -> None:
+    "No byte of the files has changed since the index was written."
+    for file in _FILES.values():
+        expected = checksums.get(file) if isinstance(checksums, dict) else None
+        if not (folder / file).is_file() or _checksum_of(folder / file) != expected:
+            raise LabError(
+                f"{folder / file}: the index is damaged (its bytes are not those that were written); "
+                "build it again"
             )
 
 
@@ -151,7 +171,10 @@ def _read_folder(
             f"{folder}: there is no search index here ({_MANIFEST} is missing); build one and save it there"
         )
     manifest = read_json(folder / _MANIFEST)
+    if not isinstance(manifest, dict):
+        raise LabError(f"{folder / _MANIFEST}: this is no manifest of an index; build the index again")
     _check_expected(folder, manifest, {"format": _FORMAT, **(expect or {})})
+    _check_bytes(folder, manifest.pop("checksums", None))
     try:
         images = torch.from_numpy(np.load(folder / _FILES["image_embeddings"], mmap_mode="c"))
         texts = torch.from_numpy(np.load(folder / _FILES["text_embeddings"], mmap_mode="c"))
@@ -204,12 +227,12 @@ def _picture_of(source: object, load: Callable[..., Image.Image] = load_image) -
 
     Raises `LabError` for what does not decode."""
     if isinstance(source, Image.Image):
-        return _to_rgb(ImageOps.exif_transpose(source))
+        return _upright_rgb(source)
     if not isinstance(source, (bytes, bytearray, memoryview)):
         return load(source)
     try:
-        with Image.open(BytesIO(source)) as image:
-            return _to_rgb(ImageOps.exif_transpose(image))
+        with _open_picture(BytesIO(source)) as image:
+            return _upright_rgb(image)
     except Exception as error:
         why = str(error)
         if isinstance(error, Image.UnidentifiedImageError):
@@ -239,6 +262,11 @@ def _text_query(index: "SearchIndex", query: object) -> _Query:
         return _Query(_check_width(query, index.width), "an embedding")
     if not isinstance(query, str) or not query.strip():
         raise LabError('the query is empty; say what to look for, as in "a red boat"')
+    if _has_half_character(query):
+        raise LabError(
+            f"the query {query!r} has a byte that is not UTF-8, or half a character; "
+            "write it again as plain text"
+        )
     if index.encoder is None:
         raise LabError(
             "this index has no encoder for texts; open it with encoder=…, or ask with an embedding"
@@ -521,17 +549,16 @@ class SearchIndex:
         minus: str | Sequence[str] = (),
         k: int = 5,
         weight: float = 1.0,
+        find: str = "images",
     ) -> _Found:
-        """The `k` images like `image` (see `search_image`), more like the texts `plus` and less like the
-        texts `minus`."""
+        """The `k` images (or captions) like `image` (see `search_image`), more like the texts `plus` and less
+        like the texts `minus`."""
         query = _image_query(self, image)
         added = [_text_query(self, text) for text in _as_texts(plus)]
         taken = [_text_query(self, text) for text in _as_texts(minus)]
         notes = dict.fromkeys(part.note for part in (query, *added, *taken) if part.note)
         mixed = _combine(query.embedding, [q.embedding for q in added], [q.embedding for q in taken], weight)
-        return self._answer(
-            query._replace(embedding=mixed, note="; ".join(notes)), k, "images", of_text=False
-        )
+        return self._answer(query._replace(embedding=mixed, note="; ".join(notes)), k, find, of_text=False)
 
     def _nearest(
         self, embedding: torch.Tensor, gallery: torch.Tensor, k: int, find: str
