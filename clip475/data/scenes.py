@@ -461,19 +461,19 @@ def _prepare_scenes(config: LabConfig, progress: bool = True) -> Path:
     """The folder of the scenes that `config` asks for, below `cache_dir()`; drawn now unless it is there.
 
     Raises `LabError` if `config` does not say how many."""
-    if config.train_images is None or config.val_images is None:
+    if config.train_images is None or config.val_images is None or config.test_images is None:
         raise LabError(
-            "train_images and val_images: say how many scenes to draw; only a folder has “all that there are”"
+            "train_images, val_images and test_images: say how many scenes to draw; "
+            "only a folder has “all that there are”"
         )
-    sizes = f"{config.train_images}+{config.val_images}-{config.image_size}px"
+    unseen = config.val_images + config.test_images  # the test split is drawn out of the same folder
+    sizes = f"{config.train_images}+{unseen}-{config.image_size}px"
     root = cache_dir() / f"scenes-v{_VERSION}-{sizes}-seed{config.seed}"
     if root.exists():
         return root
     _remove_old_parts(cache_dir())  # of a drawing that was killed
     try:
-        return write_scenes(
-            root, config.train_images, config.val_images, config.seed, config.image_size, progress
-        )
+        return write_scenes(root, config.train_images, unseen, config.seed, config.image_size, progress)
     except (LabError, OSError):
         if root.exists():  # another run that began at the same time has drawn them
             return root
