@@ -4,6 +4,10 @@ import hashlib
 import io
 import json
 import os
+import shlex
+import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +19,9 @@ import urllib3
 from PIL import Image
 from unreliable_server import UnreliableServer
 
+import clip475.app.cli as cli
 import clip475.data.download as download
+from clip475.app.cli import _listing, _parser, _Verb
 from clip475.core.config import LabConfig
 from clip475.core.files import LabError, _visible, read_json, write_json, write_text
 from clip475.data.download import (
@@ -240,3 +246,140 @@ def test_a_drawing_that_was_killed_is_tidied_up(tmp_path, monkeypatch):
         os.utime(path, (0, 0))
     _prepare_scenes(config, progress=False)
     assert not old.exists() and (young / "train2014" / "a.jpg").exists()
+
+
+# the command line
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIP475_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+def test_an_answer_in_every_encoding(place, monkeypatch, encoding, options):
+    found = {"query": f"a → {STEERS}", "results": [], "note": None, "figure": "é.png"}
+    verb = _Verb("search", "find", lambda args: (found, _listing(found)))
+    monkeypatch.setattr(cli, "_parser", lambda: _parser([verb]))
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding=encoding))
+    assert cli.main(["search", *options]) == 0
+    text = out.getvalue().decode(encoding)
+    assert is_safe(text.replace("\n", ""))
+    assert json.loads(text) == found if options else "finds:" in text
+
+
+def test_help_in_ascii():
+    done = subprocess.run(
+        [sys.executable, "-m", "clip475", "search", "--help"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--plus" in done.stdout and done.stderr == ""
+
+
+def test_what_a_search_found_stays_in_its_line():
+    found = {"rank": 1, "score": 0.5, "file": f"/a/{STEERS}.jpg", "captions": [f"two\nlines {STEERS}"]}
+    text = _listing({"query": "a\nb", "results": [found], "note": None, "figure": "a.png"})
+    assert len(text.splitlines()) == 3 and is_safe(text.replace("\n", ""))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("argv", [["params"], ["params", "--json"], ["--help"]], ids=" ".join)
+def test_an_answer_that_cannot_be_written(place, monkeypatch, capsys, argv):
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
+    assert cli.main(argv) == 2
+    sys.stdout.flush()  # as Python does at its end: it does not fail again
+    assert "the answer cannot be written (No space left on device)" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of POSIX")
+def test_a_reader_that_is_gone(place, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    with pytest.raises(SystemExit) as end:
+        cli.main(["params"])
+    sys.stdout.flush()
+    assert end.value.code == 1 and capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_outside_training(place, monkeypatch, capsys, number):
+    monkeypatch.setattr("clip475.training.batches.prepare_data", lambda *a, **k: os.kill(os.getpid(), number))
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["prepare", "--train", "8", "--val", "4"]) == 130
+    assert (
+        "clip475: stopped; nothing is half-written, and the same command goes on" in capsys.readouterr().err
+    )
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_towers_come_before_packing(place, capsys):
+    code = cli.main(["prepare", "--train", "8", "--val", "4", "--set", "backbone_weights=none.pth"])
+    assert code == 2 and "none.pth: there is no such file" in capsys.readouterr().err
+    assert not list(place.rglob("*.jpg")) and not list(place.rglob("*.npy"))
+
+
+@pytest.mark.parametrize("value", ["7" * 5_000, "[" * 100_000])
+def test_a_setting_that_is_no_value(place, capsys, value):
+    assert cli.main(["params", "--set", f"epochs={value}"]) == 2
+    assert "epochs" in capsys.readouterr().err
+
+
+def run_small(*argv):
+    sizes = [
+        "--train",
+        "32",
+        "--val",
+        "8",
+        "--set",
+        "epochs=1",
+        "--set",
+        "batch_size=16",
+        "--set",
+        "image_size=32",
+    ]
+    return cli.main(["train", *([] if "--resume" in argv else sizes), *argv])
+
+
+@pytest.mark.parametrize("run", ["my run", None])
+def test_an_interrupt_after_training_names_the_way_on_and_a_finished_run_is_extended(
+    place, monkeypatch, capsys, run
+):
+    reports = iter([KeyboardInterrupt()])
+
+    def report(*args, **kwargs):
+        for problem in reports:
+            raise problem
+
+    monkeypatch.setattr("clip475.app.report._finish", report)  # it draws for seconds, and is not tried here
+    assert run_small(*(["--run", run] if run else [])) == 130
+    advice = capsys.readouterr().err.splitlines()[-1]
+    assert advice.startswith(
+        "clip475: stopped; nothing is half-written; go on with: clip475 train --resume --run"
+    )
+    way = shlex.split(advice.partition("go on with: ")[2])
+    assert cli.main(way[1:]) == 0 and (place / way[-1] / "split.json").exists()
+    if run is None:
+        return
+    assert run_small("--resume", "--run", run, "--set", "epochs=3") == 0
+    captured = capsys.readouterr().err
+    assert (
+        f"{run}: 3 epochs instead of 1; from step 2 on, the learning rate is that of a run of 3" in captured
+    )
+    assert LabConfig.load(place / run / "config.json").epochs == 3
+    assert len((place / run / "metrics.csv").read_text().splitlines()) == 1 + 3
+    assert run_small("--resume", "--run", run) == 0  # finished, and said no more
+    assert "instead of" not in capsys.readouterr().err
+    for setting in ("epochs=2", "batch_size=8"):
+        assert run_small("--resume", "--run", run, "--set", setting) == 2
+    assert cli.main(["frozen", "--run", run]) == 2
+    assert "holds a run already" in capsys.readouterr().err and not (place / run / "experiment.json").exists()

@@ -7,18 +7,24 @@ __all__ = ['main']
 
 # %% ../../nbs/lib/app/10_cli.ipynb #8876ed75
 import argparse
+import codecs
 import json
+import os
+import shlex
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from .. import __version__
 from ..core.config import PRESETS, LabConfig
 from ..core.devices import _check_torch
-from ..core.files import LabError
+from ..core.files import LabError, _to_json, _visible
 
 # %% ../../nbs/lib/app/10_cli.ipynb #d6591758
 class _Parser(argparse.ArgumentParser):
@@ -26,6 +32,10 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         raise LabError(f"{message}; see {self.prog} --help")
+
+    def exit(self, status: int = 0, message: str | None = None) -> Any:
+        _write("", end="")  # help and version stand in the buffer
+        super().exit(status, message)
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,7 @@ def _value(name: str, text: str) -> Any:
     "A value of --set: what JSON reads in it (3, 0.1, null, true) where the field takes that, else the text."
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or a number of thousands of digits, or nested too deeply
         return text
     field = LabConfig.__dataclass_fields__.get(name)
     if field is None:
@@ -205,38 +215,60 @@ def _summary(results: dict[str, Any]) -> str:
     return (
         f"{retrieval_table(results).T.to_string()}\n\n"
         f"{results['seconds']} s, report: {run}/report.md\n"
-        f'search it: clip475 search "a red boat" --run {run}'
+        f'search it: clip475 search "a red boat" --run {shlex.quote(run)}'
     )
 
 
 def _listing(search: dict[str, Any]) -> str:
     "The answers of a search, one a line."
-    lines = [f"“{search['query']}” finds:"]
+    lines = [f"“{_visible(search['query'])}” finds:"]
     for found in search["results"]:
         text = found.get("caption") or found["captions"][0]
-        lines.append(f"{found['rank']}. {found['score']:.3f}  {Path(found['file']).name}  {text}")
+        name = Path(found["file"]).name
+        lines.append(f"{found['rank']}. {found['score']:.3f}  {_visible(name)}  {_visible(text)}")
     if search["note"]:
         lines.append(f"note: {search['note']}")
     return "\n".join([*lines, f"picture: {search['figure']}"])
 
 
-def _demo(args: argparse.Namespace) -> tuple[Any, str | None]:
-    from clip475.app.report import run_lab
+def _begun_run(run: str | Path | None, since: float) -> Path | None:
+    "The folder `run`, or the one below runs/ that was begun `since`, if a checkpoint is in it."
+    folders = [Path(run)] if run else [file.parent for file in Path("runs").glob("*/config.json")]
+    for folder in folders:
+        checkpoints = folder.glob("checkpoint/step-*.pt")
+        if any(file.stat().st_mtime >= since for file in checkpoints):
+            return folder
+    return None
 
-    results = run_lab(_config_of(args), args.run, query="a red boat", name="demo")
+
+def _run_lab(config: LabConfig, run: str | Path | None, **options: Any) -> Any:
+    "`run_lab`; whoever interrupts it after the first checkpoint is told how to go on."
+    from clip475.app.report import run_lab
+    from clip475.training.runs import _how_to_resume
+
+    began = time.time()
+    try:
+        return run_lab(config, run, **options)
+    except KeyboardInterrupt as stop:
+        folder = _begun_run(run, 0 if options.get("resume") else began)
+        if str(stop) or folder is None:
+            raise
+        raise KeyboardInterrupt(f"stopped; nothing is half-written; {_how_to_resume(folder)}") from None
+
+
+def _demo(args: argparse.Namespace) -> tuple[Any, str | None]:
+    results = _run_lab(_config_of(args), args.run, query="a red boat", name="demo")
     if results is None:  # another process of torchrun reports
         return None, None
     return results, f"{_summary(results)}\n\n{_listing(results['search'])}"
 
 
 def _train(args: argparse.Namespace) -> tuple[Any, str | None]:
-    from clip475.app.report import run_lab
-
     if args.resume:
         config, run = _to_resume(args)
-        results = run_lab(config, run, resume=True)
+        results = _run_lab(config, run, resume=True)
     else:
-        results = run_lab(_config_of(args), args.run, name="run")
+        results = _run_lab(_config_of(args), args.run, name="run")
     return results, _summary(results) if results else None
 
 
@@ -305,17 +337,28 @@ def _split_facts(prepared: Any) -> dict[str, Any]:
     }
 
 
+def _fetch_towers(config: LabConfig) -> None:
+    "Load both towers once: what is missing is fetched, or reported, before hours of downloading and packing."
+    from clip475.data.tokens import load_tokenizer
+    from clip475.models.joint import build_model
+
+    build_model(config)
+    load_tokenizer(config.text_model, config.text_revision)
+
+
 def _prepare(args: argparse.Namespace) -> tuple[Any, str]:
-    from clip475.core.files import cache_dir
+    from clip475.core.files import _remove_old_parts, cache_dir
     from clip475.training.batches import prepare_data
 
-    start = perf_counter()
+    start = time.perf_counter()
     config = _config_of(args, "coco" if args.dataset else "tiny")
     if args.root and not args.dataset:
         raise LabError(
             "--root says where a data set is downloaded to; name one with --dataset coco2014, "
             "or your own folder with --data DIR"
         )
+    _fetch_towers(config)
+    _remove_old_parts(cache_dir(), *cache_dir().glob("*/"))
     fetched: dict[str, Any] = {}
     if args.dataset:
         fetched, splits = _download_coco2014(config, args)
@@ -324,7 +367,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Any, str]:
     facts = {split.split.name: _split_facts(split) for split in splits}
     result: dict[str, Any] = {"data": str(splits[0].split.root), "cache": str(cache_dir())}
     result |= ({"fetched": fetched} if fetched else {}) | facts
-    result["seconds"] = round(perf_counter() - start, 1)
+    result["seconds"] = round(time.perf_counter() - start, 1)
     lines = [f"{name}: {f['images']:,} images, {f['captions']:,} captions" for name, f in facts.items()]
     return result, "\n".join([*lines, f"data: {result['data']}", f"caches: {result['cache']}"])
 
@@ -427,26 +470,63 @@ def _explain(error: BaseException) -> str | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The `clip475` command; `argv` are its arguments, by default those of the process.
 
-    Returns 0 when all went well, 2 for a mistake in the input, 130 when interrupted."""
-    if sys.platform == "win32":
-        _print_utf8()
+    Returns 0 when all went well, 2 for a mistake in the input, 130 when interrupted, by SIGTERM too."""
+    _prepare_streams()
     try:
-        args = _parser().parse_args(argv)
-        _check_torch()
-        result, text = args.function(args)
+        with _stop_on_sigterm():
+            args = _parser().parse_args(argv)
+            _check_torch()
+            result, text = args.function(args)
+        if result is not None:
+            _write(_as_json(result) if args.json else _visible(str(text), keep="\n"))
     except (LabError, ImportError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
         message = _explain(error)
         if message is None:
             raise
-        print(f"clip475: {' '.join(message.split())}", file=sys.stderr)
+        with suppress(OSError):
+            print(f"clip475: {_visible(' '.join(message.split()))}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
-    if result is not None:
-        print(json.dumps(result, indent=2, ensure_ascii=False) if args.json else text)
     return 0
 
-
-def _print_utf8() -> None:
-    "Arrows and quotes instead of question marks on Windows."
+# %% ../../nbs/lib/app/10_cli.ipynb #72e760a2
+def _prepare_streams() -> None:
+    "UTF-8 on Windows; elsewhere, what the encoding of a terminal lacks is written out, such as \\u2192."
+    encoding = {"encoding": "utf-8"} if sys.platform == "win32" else {}
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8")
+            stream.reconfigure(errors="backslashreplace", **encoding)
+
+
+def _as_json(result: Any) -> str:
+    "JSON in the encoding of standard output."
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return _to_json(result) if codecs.lookup(encoding).name == "utf-8" else json.dumps(result, indent=2)
+
+
+def _write(text: str, end: str = "\n") -> None:
+    "Print `text` and see it arrive; `LabError` if it does not, and a quiet exit if nobody reads any more."
+    try:
+        print(text, end=end, flush=True)
+    except OSError as e:
+        with suppress(OSError, ValueError):  # or Python would try again at its end, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(e, BrokenPipeError):
+            raise SystemExit(1) from None
+        raise LabError(f"the answer cannot be written ({e.strerror or e}); see where it goes") from None
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    "Treat SIGTERM as Ctrl-C during the block; not under torchrun, which ends its processes in its own way."
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread() or "RANK" in os.environ:
+        yield  # only the main thread may set signal handlers
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

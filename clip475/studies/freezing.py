@@ -7,6 +7,7 @@ __all__ = ['frozen_experiment']
 
 # %% ../../nbs/lib/studies/04_freezing.ipynb #78d0b849
 import platform
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -35,7 +36,7 @@ from clip475.studies.held_out import (
     _pretrain_backbone,
     _Scale,
 )
-from ..training.runs import _lock_run_folder
+from ..training.runs import _check_run_folder, _lock_run_folder
 
 # %% ../../nbs/lib/studies/04_freezing.ipynb #a14723f9
 _MUST_AGREE: dict[str, Callable[[dict], tuple]] = {  # name -> (what has to agree among whom, the value)
@@ -84,6 +85,7 @@ def _open_folder(folder: Path, scale: _Scale, resume: bool) -> None:
     `resume`."""
     file = folder / "experiment.json"
     if not file.exists():
+        _check_run_folder(folder)
         write_json(file, _settings(scale))
     elif not resume:
         raise LabError(
@@ -163,10 +165,16 @@ def frozen_experiment(
     folder = Path(folder) if folder else Path(_new_run_folder("frozen"))
     with _lock_run_folder(folder, _ONE_PROCESS):
         _open_folder(folder, scale, resume)
-        backbone = _backbone_file(folder, scale, progress)
-        data = _make_data(scale)
-        bar = tqdm(planned, desc="arms", unit="arm", disable=not progress)
-        results = [_run_or_read(folder, arm, seed, data, backbone) for arm, seed in bar]
+        try:
+            backbone = _backbone_file(folder, scale, progress)
+            data = _make_data(scale)
+            bar = tqdm(planned, desc="arms", unit="arm", disable=not progress)
+            results = [_run_or_read(folder, arm, seed, data, backbone) for arm, seed in bar]
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "stopped; finished runs are kept; go on with the same command and "
+                f"--resume --run {shlex.quote(str(folder))}"
+            ) from None
         return _combine(folder, scale, data, results)
 
 # %% ../../nbs/lib/studies/04_freezing.ipynb #40c576de

@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..core.config import LabConfig
-from ..core.files import LabError, _atomic_path
+from ..core.files import LabError, _atomic_path, _visible
 from ..models.joint import _state_to_save
 from .distributed import ProcessGroup
 from .steps import TrainState, start_training
@@ -59,11 +59,13 @@ def _save_checkpoint(state: TrainState, config: LabConfig, run: _Folder, keep: i
     file."""
     file = Path(run) / "checkpoint" / f"step-{state.step:08d}.pt"
     try:
-        with _atomic_path(file) as part:
-            torch.save(_checkpoint_content(state, config), part)
+        with _atomic_path(file) as part, open(part, "wb") as f:
+            torch.save(_checkpoint_content(state, config), f)
     except (RuntimeError, OSError) as e:
+        cause = e.__context__ if isinstance(e.__context__, OSError) else e  # torch hides a full disk
+        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
         raise LabError(
-            f"{file}: the checkpoint cannot be written ({str(e).splitlines()[0]}); "
+            f"{file}: the checkpoint cannot be written ({reason}); "
             "make room or mend the folder, then go on with --resume, from the one before"
         ) from e
     for old in _checkpoint_files(run)[keep:]:
@@ -103,6 +105,8 @@ def _check_config(content: dict[str, Any], file: Path, config: LabConfig) -> Non
     saved = content["config"]
     fixed = {name: value for name, value in config.to_dict().items() if name not in _MAY_CHANGE}
     changed = [name for name, value in fixed.items() if saved.get(name) != value]
+    if changed == ["epochs"] and config.epochs > saved["epochs"]:
+        return  # it is trained for longer
     if changed:
         raise LabError(f"{file}: this run was started with another {', '.join(changed)}")
 
@@ -151,7 +155,7 @@ def _restore(state: TrainState, content: dict[str, Any]) -> TrainState:
 
 
 def _warn(message: str) -> None:
-    tqdm.write(message, file=sys.stderr)
+    tqdm.write(_visible(message), file=sys.stderr)
 
 
 def _load_checkpoint(

@@ -7,6 +7,7 @@ __all__ = ['fit', 'live_curves']
 
 # %% ../../nbs/lib/training/07_runs.ipynb #5ebf44ec
 import os
+import shlex
 import signal
 import threading
 import warnings
@@ -34,6 +35,7 @@ from clip475.training.steps import (
     TrainState,
     _log_pending_steps,
     _model_to_evaluate,
+    learning_rate_at,
     start_training,
     train_epoch,
     validate,
@@ -113,6 +115,14 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 # %% ../../nbs/lib/training/07_runs.ipynb #fad63f83
+def _how_to_resume(run: _Folder, several: bool = False) -> str:
+    "The command that goes on with an interrupted run; `several`: of several processes."
+    command = (
+        "torchrun … -m clip475 train --resume --run-folder" if several else "clip475 train --resume --run"
+    )
+    return f"go on with: {command} {shlex.quote(str(run))}"
+
+
 def _checkpoint_callback(
     config: LabConfig, run: _Folder, stop_requests: list[int], total: int
 ) -> Callable[[TrainState], None]:
@@ -129,10 +139,7 @@ def _checkpoint_callback(
     def stop(state: TrainState) -> None:
         save(state)
         several = state.process_group.world_size > 1
-        command = (
-            "torchrun … -m clip475 train --resume --run-folder" if several else "clip475 train --resume --run"
-        )
-        raise KeyboardInterrupt(f"stopped after step {state.step}; go on with: {command} {run}")
+        raise KeyboardInterrupt(f"stopped after step {state.step}; {_how_to_resume(run, several)}")
 
     def after_step(state: TrainState) -> None:
         processes_talk = state.process_group.world_size == 1 or state.step % 10 == 0
@@ -254,6 +261,21 @@ def _data_fingerprints(model: DualEncoder, **splits: PreparedSplit) -> dict[str,
     return fingerprints | {"text tower": _weights_fingerprint(model.text_encoder.tower)}
 
 
+def _announce_longer_run(state: TrainState, config: LabConfig, run: _Folder, steps: int) -> None:
+    "Write the larger number of epochs into the run's configuration, and say what it does to the schedule."
+    file = Path(run) / "config.json"
+    before = LabConfig.load(file) if file.is_file() else config
+    if not state.process_group.is_main or config.epochs <= before.epochs:
+        return
+    config.save(file)
+    old, new = (learning_rate_at(state.step, steps * c.epochs, c) for c in (before, config))
+    _warn(
+        f"{run}: {config.epochs} epochs instead of {before.epochs}; from step {state.step} on, the learning "
+        f"rate is that of a run of {config.epochs} epochs ({new:.2g}, not {old:.2g}), so the model will not "
+        f"be the one that {config.epochs} epochs in one go would give"
+    )
+
+
 def _start_or_resume(
     config: LabConfig,
     train: PreparedSplit,
@@ -265,6 +287,7 @@ def _start_or_resume(
     "A fresh state, or that of the newest checkpoint, with the fingerprints of its data."
     if resume and _checkpoint_files(run):
         state = _load_checkpoint(config, run, process_group)
+        _announce_longer_run(state, config, run, _steps_per_epoch(len(train), config))
         data = _data_fingerprints(state.model, train=train, val=val)
         changed = [name for name, value in data.items() if state.data.get(name) != value]
         if changed:
