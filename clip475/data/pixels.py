@@ -33,7 +33,11 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("its 32-bit values have no fixed range; save it with 8 or 16 bits")
-    return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    scaled = values.astype(np.uint32)  # in place from here on: a large picture has 200 MB in this form
+    scaled *= 255
+    scaled += 32767
+    scaled //= 65535
+    return Image.fromarray(scaled.astype(np.uint8))
 
 
 def _over_white(image: Image.Image) -> Image.Image:
@@ -128,13 +132,18 @@ _TURNS = {  # EXIF's orientation → what turns the picture upright
 }
 
 
+def _turn_of(image: Image.Image) -> Image.Transpose | None:
+    "What turns a loaded image upright, by its EXIF note; None for nothing."
+    try:
+        return _TURNS.get(image.getexif().get(0x0112, 1))
+    except Exception:  # the note is broken, in one of a dozen ways
+        return None
+
+
 def _upright_rgb(image: Image.Image) -> Image.Image:
     "The image turned as its EXIF note says, in RGB."
     image.load()
-    try:
-        turn = _TURNS.get(image.getexif().get(0x0112, 1))
-    except Exception:  # the note is broken, in one of a dozen ways
-        turn = None
+    turn = _turn_of(image)
     return _to_rgb(image if turn is None else image.transpose(turn))
 
 
@@ -190,10 +199,20 @@ def resize_square(image: Image.Image, size: int) -> np.ndarray:
     return x.permute(1, 2, 0).contiguous().numpy()
 
 
+def _shrink_large(image: Image.Image, size: int) -> Image.Image:
+    "A large image squashed by PIL, which needs no copy of it; any other as it is."
+    if image.width * image.height <= _LARGE:
+        return image
+    plain = image.mode in ("L", "LA", "RGB", "RGBA", "CMYK") and "transparency" not in image.info
+    return (image if plain else _to_rgb(image)).resize((size, size), Image.Resampling.BICUBIC)
+
+
 def _read_square(path: _AnyPath, size: int, file: IO[bytes] | None = None) -> np.ndarray:
     "The image in `path` (or in the open `file`) as the network sees it, (S, S, 3) uint8; or `_BadImage`."
     with _opened(path, size, file) as image:
-        return resize_square(_upright_rgb(image), size)
+        image.load()
+        turn, image = _turn_of(image), _shrink_large(image, size)
+        return resize_square(_to_rgb(image if turn is None else image.transpose(turn)), size)
 
 # %% ../../nbs/lib/data/07_pixels.ipynb #213f03ed
 @lru_cache
