@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -96,6 +97,15 @@ _QUERY = (
     _option("--minus", action="append", default=[], metavar="TEXT", help="… and less like this"),
     _option("--captions", action="store_true", help="find captions instead of pictures"),
     _option("-k", type=int, default=5, metavar="N", help="how many (default: 5)"),
+)
+_OWN_PICTURES = (
+    _option(
+        "--images",
+        metavar="DIR",
+        help="look in this folder of your own pictures; the model is photos, or that of --run",
+    ),
+    _option("--classes", metavar="NAMES", help="sort those pictures: “a person,an animal,a landscape”"),
+    _option("--page", metavar="FILE", help="where the page of pictures goes (default: in the cache folder)"),
 )
 _FETCH = (
     _option("--dataset", choices=["coco2014"], help="download what is needed of this data set first"),
@@ -287,7 +297,53 @@ def _eval(args: argparse.Namespace) -> tuple[Any, str]:
     return results, _summary(results)
 
 
+def _search_folder(args: argparse.Namespace) -> tuple[Any, str]:
+    "Search in a folder of one's own pictures."
+    from clip475.searching.folder import search
+
+    if args.captions or args.data:
+        raise LabError("--captions and --data belong to the data of a run; leave them out with --images")
+    classes = [name.strip() for name in (args.classes or "").split(",") if name.strip()]
+    if args.query is not None and args.image:
+        raise LabError("there are a text and a picture to search by; give one of them")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        warnings.filterwarnings("ignore", module="PIL")  # of odd notes in pictures
+        found = search(
+            Path(args.image) if args.image else args.query,
+            args.images,
+            args.k,
+            args.run,
+            plus=args.plus,
+            minus=args.minus,
+            classes=classes,
+        )
+        page = _page_of(found, args.page)
+    notes = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    lines = [*(f"note: {note}" for note in dict.fromkeys(notes)), *([f"page: {page}"] if page else [])]
+    return found.facts() | {"warnings": notes, "page": page}, "\n".join([repr(found), *map(_visible, lines)])
+
+
+def _page_of(found: Any, file: str | None) -> str | None:
+    "Where the page of pictures is; None where no file was named and the cache cannot be written."
+    from clip475.core.files import cache_dir, fingerprint
+
+    name = fingerprint(found.folder.encode("utf-8", "surrogateescape"), ascii(found.label))
+    try:
+        return str(found.save_page(file or cache_dir() / "pages" / f"{name}.html"))
+    except OSError:
+        if file:
+            raise
+        return None  # the search has warned of the cache
+
+
 def _search(args: argparse.Namespace) -> tuple[Any, str]:
+    if args.images:
+        return _search_folder(args)
+    if args.classes or args.page:
+        raise LabError(
+            "--classes and --page belong to a search in your own pictures; name them with --images"
+        )
     from clip475.app.report import search_run
 
     found = search_run(
@@ -406,7 +462,12 @@ _VERBS = (
     _Verb("prepare", "draw or read the data and fill the caches", _prepare, _CONFIGURATION + _FETCH),
     _Verb("train", "train, evaluate and report", _train, _CONFIGURATION + _NEW_RUN + _RESUME),
     _Verb("eval", "evaluate a finished run again", _eval, _OLD_RUN),
-    _Verb("search", "find the pictures nearest to a text or to a picture", _search, _QUERY + _OLD_RUN),
+    _Verb(
+        "search",
+        "find the pictures nearest to a text or to a picture",
+        _search,
+        _QUERY + _OWN_PICTURES + _OLD_RUN,
+    ),
     _Verb("frozen", "compare ways to freeze the model (about ten minutes)", _frozen, _NEW_RUN + _FROZEN),
     _Verb("params", "count the parameters, trainable and frozen", _params, _CONFIGURATION),
     _Verb("course", "write the notebooks of the course into a folder", _course, _FOLDER),
@@ -417,6 +478,8 @@ _EXAMPLES = """examples:
   clip475 train --resume --run runs/long    go on where it stopped
   clip475 search "a red boat"               in the newest run
   clip475 search --image my.jpg --plus "at night"
+  clip475 search "a dog in the snow" --images my_photos
+  clip475 search --images my_photos --classes "a person,an animal,a landscape"
   clip475 params --preset coco --json       the specification's parameter table
   clip475 course my_course                  the lessons with their exercises
 """

@@ -270,6 +270,7 @@ class _FolderFound(_Found):
 
     `items`: dicts with rank, score and image_path, with classes also class and probability."""
 
+    label: str = ""  # the query in words
     folder: str = ""
     model: str = ""
     pictures: int = 0
@@ -301,24 +302,35 @@ class _FolderFound(_Found):
         write_text(file, _page(self))
         return Path(file)
 
+    def facts(self) -> dict[str, Any]:
+        "All of it as plain data, for JSON."
+        keys = ("rank", "score", "class", "probability")
+        results = [{k: item[k] for k in keys if k in item} | {"file": item["image_path"]} for item in self]
+        sorted_ = [{"file": path, "class": c, "probability": p} for path, (c, p) in self.classes.items()]
+        return {
+            "query": self.label,
+            "model": self.model,
+            "folder": self.folder,
+            "pictures": self.pictures,
+            "embedded": self.embedded,
+            "results": results,
+            "skipped": [{"file": path, "reason": why} for path, why in self.skipped.items()],
+            "note": self.note,
+        } | ({"counts": self.counts, "classes": sorted_} if self.classes else {})
+
     def __repr__(self) -> str:
-        lines = [_item_line(item) for item in self.items]
-        head = f"{_name_of(self.query)} in {self.pictures:,} pictures, {self.embedded:,} of them new"
-        counted = [f"{count:,} × {name}" for name, count in self.counts.items()]
-        left_out = [f"{len(self.skipped):,} skipped, see .skipped"] if self.skipped else []
-        return _visible("\n".join([head, *counted, *lines, *left_out, *filter(None, [self.note])]), keep="\n")
-
-
-def _name_of(query: object) -> str:
-    "A query as a reader sees it."
-    if isinstance(query, str):
-        return f"“{query}”"
-    return f"pictures like {Path(query).name if isinstance(query, PathLike) else 'the given one'}"
+        lines = [f"“{self.label}” in {self.pictures:,} pictures, {self.embedded:,} of them new"]
+        lines += [f"{count:>7,} × {name}" for name, count in self.counts.items()]
+        lines += map(_item_line, self)
+        lines += [f"skipped: {path} ({why})" for path, why in list(self.skipped.items())[:5]]
+        if len(self.skipped) > 5:
+            lines.append(f"skipped: {len(self.skipped) - 5:,} more, all in .skipped and on the page")
+        return "\n".join(map(_visible, [*lines, *([f"note: {self.note}"] if self.note else [])]))
 
 
 def _item_line(item: dict[str, Any]) -> str:
     kind = f"  {item['class']} ({item['probability']:.0%})" if "class" in item else ""
-    return f"{item['rank']:>3}  {item['score']:.3f}  {_visible(item['image_path'])}{kind}"
+    return f"{item['rank']:>3}  {item['score']:.3f}  {item['image_path']}{kind}"
 
 # %% ../../nbs/lib/searching/03_folder.ipynb #e6291c86
 _THUMBNAIL, _MOST_ON_A_PAGE = 240, 200
@@ -370,7 +382,7 @@ def _skipped_html(skipped: dict[str, str]) -> str:
 
 def _page(found: _FolderFound) -> str:
     "The whole page."
-    title, items = _escaped(_name_of(found.query)), found.items[:_MOST_ON_A_PAGE]
+    title, items = _escaped(f"“{found.label}”"), found.items[:_MOST_ON_A_PAGE]
     of_picture = "" if found.of_text else _thumbnail(_picture_of(found.query), "the picture searched by")
     counts = " · ".join(f"{_escaped(name)}: {count:,}" for name, count in found.counts.items())
     about = (
@@ -410,8 +422,6 @@ def _query_row(
 ) -> tuple[torch.Tensor, str]:
     "The embedding (D,) of a query, and what the text tower could not read of it."
     if isinstance(query, str):
-        if plus or minus:
-            raise LabError("plus and minus change a search by picture; give a picture as the query")
         return _text_row(query, model)
     try:
         picture = model.encode_image(query)[0]
@@ -420,6 +430,16 @@ def _query_row(
     added, taken = ([_text_row(text, model) for text in texts] for texts in (plus, minus))
     notes = dict.fromkeys(note for _, note in (*added, *taken) if note)
     return _combine(picture, [row for row, _ in added], [row for row, _ in taken]), "; ".join(notes)
+
+
+def _label(
+    query: str | Path | Image.Image | None, plus: list[str], minus: list[str], classes: Sequence[str]
+) -> str:
+    "The query in words."
+    if query is None:
+        return ", ".join(classes)
+    named = query if isinstance(query, str) else getattr(query, "name", "picture")
+    return " ".join([str(named), *(f"+{text}" for text in plus), *(f"-{text}" for text in minus)])
 
 
 def _no_pictures(folder: Path, skipped: dict[str, str]) -> LabError:
@@ -490,11 +510,14 @@ def search(
     _check_k(k)
     if query is None and not classes:
         raise LabError("there is nothing to look for; give a text, a picture or classes")
+    added, taken = _as_texts(plus), _as_texts(minus)
+    if (added or taken) and (query is None or isinstance(query, str)):
+        raise LabError("plus and minus change a search by picture; give a picture as the query")
     present, unread = _pictures_in(place)
     if not present:
         raise _no_pictures(place, unread)
     opened = _loaded_model(_DEFAULT_MODEL if model is None else model)
-    row, note = (None, "") if query is None else _query_row(query, _as_texts(plus), _as_texts(minus), opened)
+    row, note = (None, "") if query is None else _query_row(query, added, taken, opened)
     file = _index_file(place, opened)
     index = _read_index(file).restricted_to(present)
     embedded = _embed_new(index, place, present, opened, file, progress)
@@ -508,6 +531,7 @@ def search(
     counted = Counter(name for name, _ in guesses)
     return _FolderFound(
         query=", ".join(classes) if query is None else query,
+        label=_label(query, added, taken, classes),
         items=_described(items, paths, guesses),
         note=note,
         of_text=query is None or isinstance(query, str),
