@@ -5,7 +5,6 @@ The model has random weights: what it finds is worth nothing, so the tests compa
 import json
 import os
 import shutil
-import subprocess
 import sys
 import warnings
 from io import BytesIO
@@ -304,7 +303,7 @@ def test_words_beside_a_picture_are_those_of_the_vectors(album, find, model):
 
 
 def test_classes_sort_every_picture(album, find, model):
-    names = ["a dog", "a boat", "a tree"]
+    names = ["a dog", "a boat", "a car"]
     found = find(None, album, k=2, classes=names)
     assert list(found.counts) == names and sum(found.counts.values()) == 12 == len(found.classes)
     for path, (name, probability) in found.classes.items():
@@ -320,7 +319,7 @@ def test_the_page_holds_its_pictures_and_no_foreign_markup(album, find, tmp_path
     (album / "broken <i>.jpg").write_bytes(b"<script>")
     found = find("<script>alert(1)</script>", album, k=99)
     text = found.save_page(tmp_path / "page.html").read_text(encoding="utf-8")
-    assert text.count("<img src=\"data:image/jpeg;base64,") == 13 == text.count(" alt=\"")
+    assert text.count('<img src="data:image/jpeg;base64,') == 13 == text.count(' alt="')
     assert "<script" not in text and "<b>&.png" not in text and "<i>" not in text
     assert "\x1b" not in text and "\u202e" not in text and r"\x1b[31m" in text
     assert "color-scheme:light dark" in text and "1 skipped" in text
@@ -329,3 +328,107 @@ def test_the_page_holds_its_pictures_and_no_foreign_markup(album, find, tmp_path
     assert "there is no such file" in found.save_page(tmp_path / "page.html").read_text(encoding="utf-8")
     of_picture = find(picture(3), album, k=1).save_page(tmp_path / "other.html")
     assert of_picture.read_text(encoding="utf-8").count("<img") == 2
+
+
+# ── the command ──
+
+
+@pytest.fixture()
+def command(run, capsys):
+    def command(*argv):
+        "Exit code, stdout and stderr of a search with the run."
+        code = cli.main(["search", *map(str, argv), "--run", str(run)])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return command
+
+
+def test_the_command_says_what_python_says(album, command, find, tmp_path):
+    (album / "bad.jpg").write_bytes(b"no picture")
+    code, out, err = command("a red boat", "--images", album, "-k", 3, "--json")
+    found, told = json.loads(out), find("a red boat", album, k=3)
+    assert code == 0 and found["embedded"] == found["pictures"] == 12 and found["query"] == "a red boat"
+    assert [r["file"] for r in found["results"]] == told.paths
+    assert [r["rank"] for r in found["results"]] == [1, 2, 3] and found["results"][0]["score"] == told.scores[
+        0
+    ]
+    assert found["skipped"] == [
+        {"file": str(album / "bad.jpg"), "reason": told.skipped[str(album / "bad.jpg")]}
+    ]
+    assert "<img" in Path(found["page"]).read_text(encoding="utf-8")
+    code, out, err = command("a red boat", "--images", album, "-k", 3, "--page", tmp_path / "my.html")
+    assert code == 0 and all(path in out for path in told.paths) and "0 of them new" in out
+    assert "skipped: " in out and f"page: {tmp_path / 'my.html'}" in out and (tmp_path / "my.html").is_file()
+
+
+def test_the_command_takes_pictures_words_and_classes(album, command, find):
+    given = ("--image", album / "0.png", "--plus", "in the snow", "--minus", "a dog", "--images", album)
+    found = json.loads(command(*given, "--json")[1])
+    told = find(album / "0.png", album, plus=["in the snow"], minus=["a dog"])
+    assert [r["file"] for r in found["results"]] == told.paths
+    assert found["query"] == "0.png +in the snow -a dog"
+    code, out, _ = command("--images", album, "--classes", "a dog, a boat", "-k", 1)
+    assert code == 0 and "× a dog" in out and "× a boat" in out
+    found = json.loads(command("--images", album, "--classes", "a dog, a boat", "--json")[1])
+    assert sum(found["counts"].values()) == 12 == len(found["classes"]) and found["query"] == "a dog, a boat"
+
+
+def test_odd_names_reach_neither_the_terminal_nor_crash_it(album, command):
+    shutil.copy(album / "0.png", album / ESCAPE)
+    shutil.copy(album / "2.png", os.fsencode(album) + b"/caf\xe9\xff.png")
+    code, out, err = command("a dog", "--images", album, "-k", 99)
+    assert code == 0 and "\x1b" not in out + err and "\u202e" not in out
+    out.encode("utf-8")
+    code, out, err = command("a dog", "--images", album, "-k", 99, "--json")
+    assert "\x1b" not in out and "\u202e" not in out
+    files = {os.fsencode(Path(r["file"]).name) for r in json.loads(out)["results"]}
+    assert {b"caf\xe9\xff.png", ESCAPE.encode()} <= files and len(files) == 14
+
+
+def test_the_command_refuses_what_has_no_effect(album, command):
+    for sentence, argv in (
+        ("give one of them", ["a dog", "--image", album / "0.png", "--images", album]),
+        ("leave them out with --images", ["a dog", "--captions", "--images", album]),
+        ("leave them out with --images", ["a dog", "--data", album, "--images", album]),
+        ("name them with --images", ["a dog", "--classes", "a dog,a boat"]),
+        ("name them with --images", ["a dog", "--page", "a.html"]),
+        ("give a text, a picture or classes", ["--images", album]),
+        ("change a search by picture", ["--images", album, "--classes", "a dog,a cat", "--plus", "snow"]),
+    ):
+        code, out, err = command(*argv)
+        assert code == 2 and not out and sentence in err and err.count("\n") == 1
+
+
+def test_an_interrupted_search_is_one_line_and_keeps_what_was_done(album, command, find, monkeypatch):
+    original, portions = folder_module._embed_portion, []
+
+    def stops(*args):
+        if len(portions) == 2:
+            raise KeyboardInterrupt
+        portions.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(folder_module, "_PORTION", 4)
+    monkeypatch.setattr(folder_module, "_embed_portion", stops)
+    code, out, err = command("a dog", "--images", album)
+    last = err.splitlines()[-1]
+    assert code == 130 and not out and last.startswith("clip475: stopped after 8 of 12 new pictures")
+    monkeypatch.setattr(folder_module, "_embed_portion", original)
+    assert find("a dog", album).embedded == 4
+
+
+def test_a_cache_that_cannot_be_written_is_one_note(album, command, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("CLIP475_CACHE", str(tmp_path / "file"))
+    code, out, err = command("a dog", "--images", album)
+    assert code == 0 and out.count("the index cannot be kept") == 1 and "page:" not in out
+    assert "Warning" not in err
+
+
+def test_the_model_is_photos_by_default(album, capsys, monkeypatch, run):
+    monkeypatch.setattr(folder_module, "_DEFAULT_MODEL", str(run))
+    assert cli.main(["search", "a dog", "--images", str(album), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == str(run)
+    monkeypatch.undo()
+    assert folder_module._DEFAULT_MODEL == "photos"
