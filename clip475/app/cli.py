@@ -403,6 +403,7 @@ def _fetch_towers(config: LabConfig) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Any, str]:
+    from clip475.app.report import _in_two_splits, _in_two_splits_text
     from clip475.core.files import _remove_old_parts, cache_dir
     from clip475.training.batches import prepare_data
 
@@ -412,6 +413,11 @@ def _prepare(args: argparse.Namespace) -> tuple[Any, str]:
         raise LabError(
             "--root says where a data set is downloaded to; name one with --dataset coco2014, "
             "or your own folder with --data DIR"
+        )
+    if args.dataset and args.data:
+        raise LabError(
+            f"--dataset {args.dataset} is downloaded and --data {args.data} is on disk already; give one "
+            "of them (--root says where to download to)"
         )
     _fetch_towers(config)
     _remove_old_parts(cache_dir(), *cache_dir().glob("*/"))
@@ -423,8 +429,10 @@ def _prepare(args: argparse.Namespace) -> tuple[Any, str]:
     facts = {split.split.name: _split_facts(split) for split in splits}
     result: dict[str, Any] = {"data": str(splits[0].split.root), "cache": str(cache_dir())}
     result |= ({"fetched": fetched} if fetched else {}) | facts
+    result["in_two_splits"] = _in_two_splits([split.split for split in splits])
     result["seconds"] = round(time.perf_counter() - start, 1)
     lines = [f"{name}: {f['images']:,} images, {f['captions']:,} captions" for name, f in facts.items()]
+    lines += [_in_two_splits_text(result["in_two_splits"])] if result["in_two_splits"] else []
     return result, "\n".join([*lines, f"data: {result['data']}", f"caches: {result['cache']}"])
 
 
@@ -441,10 +449,16 @@ def _frozen(args: argparse.Namespace) -> tuple[Any, str]:
 def _params(args: argparse.Namespace) -> tuple[Any, str]:
     import torch
 
+    from clip475.app.report import _check_towers
     from clip475.models.joint import build_model, parameter_summary, parameter_table
 
+    config = _config_of(args)
+    _check_towers(config)
+    unused = ("data", "train", "val", "test", "on_bad", "seed")
+    if given := [f"--{name.replace('_', '-')}" for name in unused if getattr(args, name) is not None]:
+        print(f"note: params counts the model alone; {', '.join(given)} changes nothing", file=sys.stderr)
     with torch.device("meta"):  # shapes without memory
-        model = build_model(_config_of(args), pretrained=False)
+        model = build_model(config, pretrained=False)
     thousands = {column: "{:,}".format for column in ("parameters", "trainable")}
     return parameter_summary(model), parameter_table(model).to_string(index=False, formatters=thousands)
 

@@ -6,16 +6,20 @@
 __all__ = ['run_lab', 'evaluate_run', 'search_run']
 
 # %% ../../nbs/lib/app/02_report.ipynb #7300abae
+import errno
 import json
 import math
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import torchvision
@@ -25,10 +29,19 @@ from .run_figures import _draw_figures, _draw_mistakes
 from ..core.config import LabConfig
 from ..core.devices import autocast_dtype, pick_device
 from ..core.figures import plot_gallery, save_figure
-from ..core.files import LabError, _new_run_folder, fingerprint, read_json, write_json, write_text
-from ..data.captions import CaptionSplit
+from clip475.core.files import (
+    LabError,
+    _new_run_folder,
+    cache_dir,
+    fingerprint,
+    read_json,
+    write_json,
+    write_text,
+)
+from ..data.captions import CaptionSplit, _has_half_character
+from ..data.images import _contents
 from ..data.scenes import load_truth, oracle_recall
-from ..data.splits import _split_record
+from ..data.splits import _SPLIT_FILE, _read_record, _recorded, _split_record
 from ..data.tokens import load_tokenizer
 from ..evaluation.mistakes import _RULES, mistake_numbers
 from ..evaluation.retrieval import evaluate_retrieval, retrieval_table
@@ -50,6 +63,7 @@ from ..training.steps import TrainState, embed_images
 
 # %% ../../nbs/lib/app/02_report.ipynb #75be8bd6
 _Results = dict[str, Any]
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def _recall_columns(image_embeddings: torch.Tensor, val: PreparedSplit) -> dict[str, float]:
@@ -95,7 +109,7 @@ def _encoder_of(model: DualEncoder, config: LabConfig) -> Encoder:
 def _build_index(
     image_embeddings: torch.Tensor, model: DualEncoder, val: PreparedSplit, config: LabConfig, run: str | Path
 ) -> SearchIndex:
-    "The `SearchIndex` of the validation images and captions, kept in `run/index`."
+    "The `SearchIndex` of the validation images and captions, kept in `run/index` where that can be written."
     split = val.split
     index = SearchIndex.build(
         image_embeddings,
@@ -107,17 +121,25 @@ def _build_index(
         _belongs_to(model, val, config),
         _encoder_of(model, config),
     )
-    index.save(Path(run) / "index", overwrite=True)
+    try:
+        index.save(Path(run) / "index", overwrite=True)
+    except OSError as error:
+        if error.errno not in _READ_ONLY:
+            raise
     return index
 
 
 def _open_index(model: DualEncoder, val: PreparedSplit, config: LabConfig, run: str | Path) -> SearchIndex:
-    "The index in `run/index` or, if it does not fit this model and these images, a new one."
+    """The index in `run/index` or, if it does not fit this model and these images, a new one.
+
+    Its paths are those of `val`, wherever the pictures were when it was made."""
     try:
         manifest = _belongs_to(model, val, config)
-        return SearchIndex.open(Path(run) / "index", manifest, _encoder_of(model, config))
+        index = SearchIndex.open(Path(run) / "index", manifest, _encoder_of(model, config))
     except LabError:
         return _build_index(embed_images(model, val.pixels, config), model, val, config, run)
+    paths = np.array([str(path) for path in val.split.image_paths], object)
+    return replace(index, table=index.table.assign(image_path=paths[index.table["image_row"]]))
 
 # %% ../../nbs/lib/app/02_report.ipynb #6ac96e75
 def _cpu_name() -> str:
@@ -144,6 +166,30 @@ def _hardware(config: LabConfig, device: torch.device) -> dict[str, str]:
     }
 
 
+def _in_two_splits(splits: Sequence[CaptionSplit]) -> list[list[str]]:
+    "Pairs of files with the same content in two splits, each as “split: file”."
+    first: dict[str, tuple[str, str]] = {}
+    pairs = []
+    for split in splits:
+        for path, content in zip(split.image_paths, _contents(split)):
+            name, label = first.setdefault(content, (split.name, f"{split.name}: {path.name}"))
+            if name != split.name:
+                pairs.append([label, f"{split.name}: {path.name}"])
+    return pairs
+
+
+def _in_two_splits_text(pairs: Sequence[Sequence[str]]) -> str:
+    "What it means that pictures are in two splits, or nothing."
+    if not pairs:
+        return ""
+    many = "pictures are" if len(pairs) > 1 else "picture is"
+    return (
+        f"{len(pairs):,} {many} in two splits, with the same content under two names (such as "
+        f"{' and '.join(pairs[0])}): a model is measured on what it was trained on. "
+        "Delete one of the two, or give both the same split in a column split of a list."
+    )
+
+
 def _describe_data(
     model: DualEncoder,
     config: LabConfig,
@@ -160,10 +206,11 @@ def _describe_data(
             "folder": val.split.root.name,
             "train_images": len(train),
             "train_captions": len(train.split.captions),
-            "listed_but_missing": train.split.missing + val.split.missing,
+            "listed_but_missing": sum(split.split.missing for split in (train, val, *test)),
             "known_tokens": round(share, 4),
             "unknown_words": unknown[:10],
             "replaced": sum(len(split.bad) for split in (train, val, *test)),
+            "in_two_splits": _in_two_splits([split.split for split in (train, val, *test)]),
             "fingerprints": {s.split.name: s.split.fingerprint for s in (train, val, *test)},
         }
     }
@@ -184,9 +231,11 @@ def _data_text(config: LabConfig, results: Mapping[str, Any]) -> str:
         )
     if data["replaced"]:
         lines.append(
-            f"{data['replaced']:,} images do not decode; the next of the seeded order stand in for them "
-            "(split.json lists them)."
+            f"{data['replaced']:,} images do not decode and were left out; in a split with a fixed number of "
+            "images, the next of the seeded order stand in for them (split.json lists them)."
         )
+    if data["in_two_splits"]:
+        lines.append(f"**{_in_two_splits_text(data['in_two_splits'])}**")
     if data["known_tokens"] < 1:
         lines.append(
             f"The text encoder has learned {data['known_tokens']:.1%} of the tokens in the validation "
@@ -296,7 +345,7 @@ def _again_text(config: LabConfig, run: str | Path) -> list[str]:
     return [
         "## To run it again",
         f"Preset `{config.preset}`, changed: {changes}.",
-        f"```\nclip475 train --config {run}/config.json\n```",
+        f"```\nclip475 train --config {shlex.quote(f'{run}/config.json')}\n```",
     ]
 
 
@@ -324,12 +373,22 @@ def _report_text(model: DualEncoder, config: LabConfig, results: Mapping[str, An
     return "\n\n".join(parts) + "\n"
 
 # %% ../../nbs/lib/app/02_report.ipynb #02aa0909
-def _check_config(config: LabConfig) -> None:
-    "Raise `LabError` for choices that cannot work together, before any work."
+def _check_towers(config: LabConfig) -> None:
+    "Raise `LabError` for towers that are not there or do not fit, and for a choice without effect."
     with torch.device("meta"):
         build_backbone(config.backbone)
-    _check_loss(config)
-    if config.text_model == "builtin" or Path(config.text_model).is_dir():
+    folder = Path(config.text_model)
+    if config.text_model == "builtin" or folder.is_dir():
+        if "text_revision" in config.changes():
+            raise LabError(
+                f"text_revision {config.text_revision!r} is a commit of a model on the Hugging Face hub, and "
+                f"text_model {config.text_model!r} is none; leave text_revision out"
+            )
+        if config.text_model != "builtin" and not (folder / "config.json").is_file():
+            raise LabError(
+                f"{folder}: there is no text tower in this folder (config.json is missing); name the "
+                "folder of one, a name on the hub, or builtin"
+            )
         with torch.device("meta"):
             load_text_encoder(config, pretrained=False)  # do its shape and the configuration agree?
     weights = Path(config.backbone_weights or "")
@@ -338,6 +397,12 @@ def _check_config(config: LabConfig) -> None:
             f"{weights}: there is no such file of backbone weights; "
             "name one, a torchvision weights name, or null"
         )
+
+
+def _check_config(config: LabConfig) -> None:
+    "Raise `LabError` for choices that cannot work together, before any work."
+    _check_towers(config)
+    _check_loss(config)
     load_tokenizer(config.text_model, config.text_revision)  # a missing one is found now, not after packing
     if config.train_images is not None and config.train_images < config.batch_size:
         raise LabError(
@@ -360,14 +425,72 @@ def _prepare_and_train(
     if process_group.is_main and run is not None:
         _check_run_folder(run, resume)  # before any work
     _share_of_batch(range(config.batch_size), process_group)
+    resumes = resume and run is not None and _recorded(Path(run), config, {}) is not None
     with _main_process_first(process_group):
-        splits = list(prepare_data(config, progress and process_group.is_main))
+        shown = progress and process_group.is_main
+        splits = (
+            _prepare_as_trained(config, str(run), shown) if resumes else list(prepare_data(config, shown))
+        )
     train, val, *_ = splits
     _steps_per_epoch(len(train), config)  # too few images? before a folder is made
+    if process_group.is_main and (found := _in_two_splits([split.split for split in splits])):
+        print(_in_two_splits_text(found), file=sys.stderr)
     chosen = str(run or _new_run_folder(name=name)) if process_group.is_main else None
     folder = _broadcast_from_main(chosen, process_group)
-    state = fit(config, train, val, folder, resume, _recall_columns, progress, process_group)
+    measure = _recall_columns if resumes else _recording(folder, splits, config)
+    state = fit(config, train, val, folder, resume, measure, progress, process_group)
     return folder, splits, state
+
+
+def _recording(
+    run: str, splits: Sequence[PreparedSplit], config: LabConfig
+) -> Callable[[torch.Tensor, PreparedSplit], dict[str, float]]:
+    "`_recall_columns` that first writes the run's split.json: with the first model there is its split."
+    written = False
+
+    def measure(image_embeddings: torch.Tensor, val: PreparedSplit) -> dict[str, float]:
+        nonlocal written
+        if not written:
+            bad = {split.split.name: split.bad for split in splits}
+            contents = {split.split.name: _contents(split.split) for split in splits}
+            record = _split_record([split.split for split in splits], config, bad, contents)
+            write_json(Path(run) / _SPLIT_FILE, record)
+            written = True
+        return _recall_columns(image_embeddings, val)
+
+    return measure
+
+
+def _prepare_as_trained(
+    config: LabConfig, run: str | Path, progress: bool, names: Sequence[str] = ("train", "val", "test")
+) -> list[PreparedSplit]:
+    """The splits that the run in this folder was trained on, by its split.json.
+
+    `LabError` if a picture or a caption is missing or has changed. A run without split.json is drawn anew,
+    which a note says."""
+    file = Path(run) / _SPLIT_FILE
+    if not file.is_file():
+        note = "its pictures are drawn again, which gives others if some were added or deleted since"
+        print(f"{file}: the run keeps no record of its split; {note}", file=sys.stderr)
+        return list(prepare_data(config, progress, names))
+    record = _read_record(Path(run))
+    splits = prepare_data(config, progress, names, run=run)
+    if config.data != "scenes":  # the lab draws those itself
+        for split in splits:
+            _check_contents(file, split.split, record.splits[split.split.name].contents)
+    return [replace(split, bad=tuple(record.replaced.get(split.split.name, ()))) for split in splits]
+
+
+def _check_contents(file: Path, split: CaptionSplit, recorded: Sequence[str]) -> None:
+    "Raise `LabError` if a picture is not the one that the run was trained with."
+    pairs = zip(split.image_paths, recorded, _contents(split)) if recorded else ()
+    changed = [path for path, before, now in pairs if before != now]
+    if changed:
+        raise LabError(
+            f"{changed[0]}: this is not the picture of that name in the run's {split.name} split "
+            f"({len(changed):,} of {len(split):,} have changed; {file} has what they were); restore it, name "
+            "the folder that has the run's data with --data DIR, or train a new run"
+        )
 
 
 def run_lab(
@@ -396,8 +519,6 @@ def run_lab(
         "best_epoch": state.best["epoch"],
         "hardware": _hardware(config, process_group.device),
     }
-    damaged = {split.split.name: split.bad for split in splits}
-    write_json(Path(folder) / "split.json", _split_record([s.split for s in splits], config, damaged))
     return _finish(*_open_run(folder), folder, splits, trained, start, query)
 
 # %% ../../nbs/lib/app/02_report.ipynb #870d750f
@@ -413,10 +534,11 @@ def _open_run(run: str | Path, data: str | Path | None = None) -> tuple[DualEnco
 def evaluate_run(run: str | Path, progress: bool = True, data: str | Path | None = None) -> _Results:
     """Evaluate the finished run in the folder `run` again and rewrite its results, figures and report.
 
-    What is known of its training stays. `data`: where its data are now, if they moved. Raises `LabError`."""
+    Its splits are those of its split.json. What is known of its training stays. `data`: where its data are
+    now, if they moved. Raises `LabError`, also if a picture or a caption is missing or has changed."""
     start = perf_counter()
     model, config = _open_run(run, data)
-    splits = list(prepare_data(config, progress))
+    splits = _prepare_as_trained(config, run, progress)
     file = Path(run) / "results.json"
     before = read_json(file) if file.is_file() else {}
     return _finish(model, config, run, splits, before.get("training"), start)
@@ -468,9 +590,16 @@ def _describe_search(found: Any, name: str, run: str | Path) -> _Results:
         | {key: f[key] for key in ("captions", "caption") if key in f}
         for f in found
     ]
-    path = Path(run) / "figures" / _file_name(name)
     shown = replace(found, items=found.items[:20])  # a picture of more would be unreadable
-    save_figure(plot_gallery([shown.gallery_row()], title=None if found.of_text else name), path)
+    figure = plot_gallery([shown.gallery_row()], title=None if found.of_text else name)
+    path = Path(run) / "figures" / _file_name(name)
+    try:
+        save_figure(figure, path)
+    except OSError as error:
+        if error.errno not in _READ_ONLY:
+            raise
+        path = cache_dir() / "figures" / path.name  # the run can only be read
+        save_figure(figure, path)
     return {"query": name, "run": str(run), "results": items, "note": found.note, "figure": str(path)}
 
 
@@ -486,6 +615,11 @@ def _check_query(
         )
     if image is None and (plus or minus):
         raise LabError("--plus and --minus change a search by picture; name one with --image")
+    if image is not None and not Path(image).is_file():
+        raise LabError(f"{image}: there is no such picture to search by; check the path after --image")
+    for text in (query or "", *plus, *minus):
+        if _has_half_character(text):
+            raise LabError(f"{text!r}: a byte of this text is not UTF-8; write it again as plain text")
 
 
 def search_run(
@@ -506,7 +640,7 @@ def search_run(
     and `figure`. Raises `LabError`."""
     _check_query(query, image, plus, minus)
     model, config = _open_run(run, data)
-    (val,) = prepare_data(config, progress, names=("val",))
+    (val,) = _prepare_as_trained(config, run, progress, names=("val",))
     index = _open_index(model, val, config, run)
     if image is None:
         return _describe_search(index.search_text(query or "", k, find), query or "", run)
@@ -514,4 +648,5 @@ def search_run(
     if not (plus or minus):
         return _describe_search(index.search_image(image, k, find), name, run)
     words = [*(f"+{text}" for text in plus), *(f"-{text}" for text in minus)]
-    return _describe_search(index.like_but(image, plus, minus, k), " ".join([name, *words]), run)
+    found = index.like_but(image, plus, minus, k, find=find)
+    return _describe_search(found, " ".join([name, *words]), run)
