@@ -2,13 +2,13 @@
 
 import os
 import re
-import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import nbformat
 import pytest
+from processes import finished
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -212,8 +212,7 @@ def nbgrader(course, *arguments):
         "PATH": path,
     }
     command = [sys.executable, "-m", "nbgrader", *arguments]
-    ran = subprocess.run(command, cwd=course, env=environment, capture_output=True, text=True, timeout=900)
-    assert ran.returncode == 0, ran.stderr[-2000:]
+    finished(command, cwd=course, env=environment)
 
 
 def auto_scores(course, lesson):

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -17,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from processes import finished
 
 from clip475.core.config import LabConfig
 from clip475.core.files import LabError
@@ -328,15 +328,9 @@ def test_fingerprints_are_the_same_on_every_machine(tmp_path):
             )
         )
     env = {**os.environ, "PYTHONHASHSEED": "4242", "PYTHONPATH": str(MAIN), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", FINGERPRINTS, *map(str, there)],
-        capture_output=True,
-        text=True,
-        env=env,
-        cwd=tmp_path,
-    )
+    run = finished([sys.executable, "-c", FINGERPRINTS, *map(str, there)], env=env, cwd=tmp_path)
     mine = [_split_record(read_splits(root, config()), config())["fingerprint"] for root in here]
-    assert run.stdout.split() == mine and len(set(mine)) > 5, run.stderr
+    assert run.stdout.split() == mine and len(set(mine)) > 5
 
 
 # whatever happens to it

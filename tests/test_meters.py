@@ -1,7 +1,6 @@
 """Every meter on a case whose answer is known."""
 
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import finished
 from torch import nn
 from torch.testing import assert_close
 
@@ -157,9 +157,7 @@ print(*(round(peak_bytes(f)/1e6) for f in (one, two_in_turn, two_at_once, lambda
 
 
 def test_the_peak_of_a_process():
-    out = subprocess.run(
-        [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, cwd=ROOT, timeout=120
-    ).stdout.split()
+    out = finished([sys.executable, "-c", PEAK], cwd=ROOT).stdout.split()
     one, turn, both, nothing = map(int, out)
     assert 190 < one < 230 and 190 < turn < 230 and 390 < both < 440 and nothing < 10
 

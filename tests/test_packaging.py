@@ -1,7 +1,6 @@
 "What an import loads, what the wheel carries, and that settings, constraints and documents agree."
 
 import re
-import subprocess
 import sys
 import zipfile
 from configparser import ConfigParser
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from processes import finished
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
@@ -29,10 +29,8 @@ HEAVY = (
 )
 
 
-def python(code, *flags, **kwargs):
-    return subprocess.run(
-        [sys.executable, *flags, "-c", code], capture_output=True, text=True, cwd=ROOT, **kwargs
-    )
+def python(code, *flags, returns=0, **kwargs):
+    return finished([sys.executable, *flags, "-c", code], returns, cwd=ROOT, **kwargs)
 
 
 def settings():
@@ -69,8 +67,7 @@ def test_import_loads_nothing_heavy():
         f"print(sorted(set(sys.modules) - before & set({HEAVY})))"
     )
     loaded = python(f"import sys, clip475; print([m for m in {HEAVY} if m in sys.modules])")
-    assert run.returncode == 0, run.stderr
-    assert loaded.stdout.strip() == "[]"
+    assert run.stdout.strip() == loaded.stdout.strip() == "[]"
 
 
 def test_names_of_the_front_door_load_nothing_before_they_are_used():
@@ -79,12 +76,12 @@ def test_names_of_the_front_door_load_nothing_before_they_are_used():
         "import sys, clip475; names = [n for n in dir(clip475) if n in clip475.__all__]; "
         "print(len(names) == len(clip475.__all__), sorted(m for m in sys.modules if m.startswith('clip475')))"
     )
-    assert run.stdout.strip() == "True ['clip475']", run.stderr
+    assert run.stdout.strip() == "True ['clip475']"
 
 
 def test_core_does_not_load_torch_either():
     loaded = python(f"import sys, clip475.core.config; print([m for m in {HEAVY} if m in sys.modules])")
-    assert loaded.stdout.strip() == "[]", loaded.stderr
+    assert loaded.stdout.strip() == "[]"
 
 
 def test_submodules_load_when_asked_for():
@@ -92,7 +89,7 @@ def test_submodules_load_when_asked_for():
         "import clip475; "
         "print(clip475.LabConfig().preset, 'core' in dir(clip475), hasattr(clip475, 'nonsense'))"
     )
-    assert run.stdout.split() == ["tiny", "True", "False"], run.stderr
+    assert run.stdout.split() == ["tiny", "True", "False"]
 
 
 def test_an_unknown_submodule_is_named_with_those_there_are():
@@ -173,8 +170,7 @@ def test_one_lowest_python_everywhere():
 def test_setup_tells_an_old_python_in_one_sentence():
     run_setup = "exec(compile(open('setup.py').read(), 'setup.py', 'exec'))"
     old = f"import sys; sys.version_info = (3, 10, 0); {run_setup}"
-    run = python(old)
-    assert run.returncode == 1
+    run = python(old, returns=1)
     assert (
         run.stderr.startswith("clip475 needs Python 3.11 or newer and this is Python 3.10:")
         and run.stderr.count("\n") == 1
@@ -193,13 +189,8 @@ def test_the_first_lines_parse_on_python_3_6():
 def test_find_python_refuses_what_does_not_run_or_is_too_old(tmp_path, reply):
     (tmp_path / "python3").write_text(f"#!/bin/sh\n{reply}\n")
     (tmp_path / "python3").chmod(0o755)
-    run = subprocess.run(
-        ["/bin/sh", ROOT / "tools" / "find_python.sh"],
-        env={"PATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 1 and run.stdout == ""
+    run = finished(["/bin/sh", ROOT / "tools" / "find_python.sh"], 1, env={"PATH": str(tmp_path)})
+    assert run.stdout == ""
     assert run.stderr.startswith("clip475 needs Python 3.11 or newer") and run.stderr.count("\n") == 1
 
 
@@ -210,13 +201,8 @@ def test_find_python_takes_a_newer_sibling(tmp_path):
     (tmp_path / "python3.12").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     for p in tmp_path.iterdir():
         p.chmod(0o755)
-    run = subprocess.run(
-        ["/bin/sh", ROOT / "tools" / "find_python.sh"],
-        env={"PATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.stdout.strip() == str(tmp_path / "python3.12"), run.stderr
+    run = finished(["/bin/sh", ROOT / "tools" / "find_python.sh"], env={"PATH": str(tmp_path)})
+    assert run.stdout.strip() == str(tmp_path / "python3.12")
 
 
 # ── a pair of torch and torchvision that does not import ──
@@ -227,8 +213,8 @@ def test_a_pair_that_does_not_import_gets_one_sentence(tmp_path):
     (tmp_path / "torch.py").write_text("")
     check = "import runpy; runpy.run_path('tools/check_install.py')"
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {check}"
-    run = python(code)
-    assert run.returncode == 1 and run.stderr.count("\n") == 1
+    run = python(code, returns=1)
+    assert run.stderr.count("\n") == 1
     assert "torchvision::nms" in run.stderr and "constraints.txt" in run.stderr
 
 
@@ -236,9 +222,10 @@ def test_the_command_tells_a_missing_package_in_one_sentence(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart is missing')")
     run = python(
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.modules['clip475.app.cli'] = None; "
-        "from clip475.__main__ import main; sys.exit(main([]))"
+        "from clip475.__main__ import main; sys.exit(main([]))",
+        returns=2,
     )
-    assert run.returncode == 2 and run.stdout == ""
+    assert run.stdout == ""
     assert run.stderr.startswith("clip475: ") and run.stderr.count("\n") == 1
 
 
@@ -264,7 +251,7 @@ def wheel(tmp_path_factory):
         if file.is_file() and "__pycache__" not in file.parts:
             (source / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             (source / file.relative_to(ROOT)).write_bytes(file.read_bytes())
-    run = subprocess.run(
+    finished(
         [
             sys.executable,
             "-m",
@@ -277,11 +264,8 @@ def wheel(tmp_path_factory):
             "-w",
             out,
             source,
-        ],
-        capture_output=True,
-        text=True,
+        ]
     )
-    assert run.returncode == 0, run.stderr
     return next(out.glob("*.whl"))
 
 
