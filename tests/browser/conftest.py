@@ -8,11 +8,11 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -55,17 +55,11 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.skip(reason=missing()))
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def stop(process):
     "End the server, which ends its kernels; one that does not listen is killed, and the kernels notice."
     process.terminate()
     try:
-        process.wait(10)
+        process.wait(60)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -100,7 +94,7 @@ def own_environment(home):
 def jupyterlab(tmp_path_factory):
     "Address and folder of a JupyterLab that serves that folder."
     home, work = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("work")
-    port, log = free_port(), open(home / "log.txt", "w")
+    log = open(home / "log.txt", "w")
     command = [
         sys.executable,
         "-m",
@@ -108,7 +102,7 @@ def jupyterlab(tmp_path_factory):
         "--no-browser",
         "--allow-root",
         "--ip=127.0.0.1",
-        f"--port={port}",
+        "--port=0",  # any that is free
         f"--ServerApp.root_dir={work}",
         "--IdentityProvider.token=",
         "--ServerApp.password=",
@@ -129,8 +123,7 @@ def jupyterlab(tmp_path_factory):
         start_new_session=True,
     )
     try:
-        wait_for(f"http://127.0.0.1:{port}/api", process, home / "log.txt")
-        yield f"http://127.0.0.1:{port}", work
+        yield wait_for_address(home, process), work
     finally:
         stop(process)
         log.close()
@@ -142,16 +135,16 @@ def setting(home, plugin, **values):
     file.write_text(json.dumps(values))
 
 
-def wait_for(address, process, log, seconds=60):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            break
-        try:
-            return urllib.request.urlopen(address, timeout=5).read()
-        except OSError:
-            time.sleep(0.2)
-    pytest.fail(f"JupyterLab did not start:\n{log.read_text()[-2000:]}")
+def wait_for_address(home, process):
+    "The address that JupyterLab writes down when it listens."
+    while process.poll() is None:
+        for file in (home / "runtime").glob(f"jpserver-{process.pid}.json"):
+            with suppress(OSError, ValueError):  # it is just being written, or does not answer yet
+                address = f"http://127.0.0.1:{json.loads(file.read_text())['port']}"
+                urllib.request.urlopen(f"{address}/api", timeout=60).read()
+                return address
+        time.sleep(0.2)
+    pytest.fail(f"JupyterLab did not start:\n{(home / 'log.txt').read_text()[-2000:]}")
 
 
 @pytest.fixture(scope="session")
@@ -176,7 +169,7 @@ NOTEBOOKS = ("03_panels", "04_teaching_panels")
 
 def open_notebook(context, address, name):
     page = context.new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(600_000)
     page.add_locator_handler(
         page.get_by_text("Select Kernel", exact=True),
         lambda _: page.locator(".jp-Dialog .jp-mod-accept").click(),
@@ -206,7 +199,7 @@ def run_all(pages):
             " jupyterapp.commands.execute('notebook:run-all-cells').then(() => ran = true) }"
         )
     for page in pages:
-        page.wait_for_function("ran", timeout=240_000)
+        page.wait_for_function("ran", timeout=1_200_000)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ playwright = pytest.importorskip(
     "playwright.sync_api", reason="there is no playwright; pip install 'clip475[browser]'"
 )
 expect = playwright.expect
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=300_000)
 
 
 NOTEBOOKS = {"search": "03_panels", "zeroshot": "03_panels"}  # the others are in 04_teaching_panels
