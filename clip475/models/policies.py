@@ -16,10 +16,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.files import LabError, _check_choice
+from .backbones import _blocks, _stages
 from .freezing import _is_frozen
 from .joint import DualEncoder, parameter_summary
 from .tables import _model_parts, _parameters_of, _Part
-from .text import _weights_fingerprint
+from .text import TextEncoder, _weights_fingerprint
 
 # %% ../../nbs/lib/models/05_policies.ipynb #50e9a4cb
 POLICIES = {
@@ -40,19 +41,21 @@ POLICIES = {
 }
 
 # %% ../../nbs/lib/models/05_policies.ipynb #6cb66250
-def _residual_blocks(backbone: nn.Module) -> list[nn.Module]:
-    stages = [stage for name, stage in backbone.named_children() if name.startswith("layer")]
-    return [block for stage in stages for block in stage.children()]
-
-
 def _last_blocks(backbone: nn.Module, n: int | None) -> list[nn.Module]:
-    blocks = _residual_blocks(backbone)
+    blocks = _blocks(backbone)
     if n is None or n not in range(1, len(blocks) + 1):
         raise LabError(
             f"policy last-n: n is {n!r}; it takes a whole number from 1 to {len(blocks)}, "
             "the residual blocks of this backbone"
         )
-    return blocks[-n:]
+    return [*blocks[-n:], *_stages(backbone).get("top", [])]
+
+
+def _text_projection(text: TextEncoder) -> nn.Module:
+    projection = getattr(text.tower, "text_projection", None)
+    if projection is None or next(projection.parameters(), None) is None:
+        raise LabError("policy text-projection: this text tower has no last matrix of its own; choose another")
+    return projection
 
 
 def _modules_that_train(model: DualEncoder, name: str, n: int | None) -> list[nn.Module]:
@@ -61,12 +64,13 @@ def _modules_that_train(model: DualEncoder, name: str, n: int | None) -> list[nn
     image, text = model.image_encoder, model.text_encoder
     if name == "last-n":
         return [image.head, *_last_blocks(image.backbone, n)]
+    if name == "text-projection":
+        return [image, _text_projection(text)]
     choices: dict[str, list[nn.Module]] = {
         "spec": [image],
         "locked-image": [text],
         "head-only": [image.head],
         "last-block": [image.head, *_last_blocks(image.backbone, 1)],
-        "text-projection": [image, text.tower.text_projection],
         "norms-only": [m for m in image.modules() if isinstance(m, _BatchNorm)],
         "all": [image, text],
         "none": [],

@@ -17,26 +17,22 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import nn
 from torch.func import functional_call
+from transformers import CLIPTextModelWithProjection
 
 from ..core.figures import PALETTE
+from .backbones import _Part, _stages
 from .joint import _SCALARS, DualEncoder, _status, parameter_summary
 
 # %% ../../nbs/lib/models/04_tables.ipynb #15dfb032
-_Part = nn.Module | nn.Parameter
-
-
 def _model_parts(model: DualEncoder) -> dict[str, list[_Part]]:
     "The parts of a `DualEncoder` from bottom to top, by name."
-    backbone, tower = model.image_encoder.backbone, model.text_encoder.tower
-    parts: dict[str, list[_Part]] = {"stem": []}
-    for name, module in backbone.named_children():
-        if name.startswith("layer"):
-            parts[name] = [module]
-        else:
-            parts["stem"].append(module)
+    tower = model.text_encoder.tower
+    parts: dict[str, list[_Part]] = {name: [*part] for name, part in _stages(model.image_encoder.backbone).items()}
     parts["projection head"] = [model.image_encoder.head]
     parts["text transformer"] = [tower.text_model]
-    parts["text projection"] = [tower.text_projection]
+    projection = getattr(tower, "text_projection", None)
+    if projection is not None and any(True for _ in projection.parameters()):
+        parts["text projection"] = [projection]
     return parts | _scalar_parts(model)
 
 
@@ -233,7 +229,7 @@ def _plot_parameters(model: nn.Module, fine: bool = False) -> Figure:
 
 # %% ../../nbs/lib/models/04_tables.ipynb #69ffc4ea
 def _stage_shapes(backbone: nn.Module, image_size: int) -> dict[str, tuple[int, ...]]:
-    "The output shape of each child of a ResNet, without the batch."
+    "The output shape of each part of a backbone, without the batch; a stem ends with its last module."
     shapes: dict[str, tuple[int, ...]] = {}
 
     def note_shape(name: str) -> Any:
@@ -243,7 +239,8 @@ def _stage_shapes(backbone: nn.Module, image_size: int) -> dict[str, tuple[int, 
         return hook
 
     meta_state = {name: torch.empty_like(t, device="meta") for name, t in backbone.state_dict().items()}
-    hooks = [m.register_forward_hook(note_shape(name)) for name, m in backbone.named_children()]
+    parts = _stages(backbone).items()
+    hooks = [m.register_forward_hook(note_shape(name)) for name, part in parts for m in part if isinstance(m, nn.Module)]
     try:
         functional_call(backbone, meta_state, torch.empty(2, 3, image_size, image_size, device="meta"))
     finally:
@@ -266,12 +263,11 @@ class _Box(NamedTuple):
 def _image_boxes(model: DualEncoder, image_size: int) -> list[_Box]:
     image: Any = model.image_encoder
     shapes = _stage_shapes(image.backbone, image_size)
-    shapes["stem"] = shapes["maxpool"]
     boxes = [_Box("pixels", _shape_text("B", 3, image_size, image_size))]
     for name, part in _model_parts(model).items():
         if name in shapes:
             boxes.append(_Box(name, _shape_text("B", *shapes[name]), _parameters_of(part)))
-    first, last = image.head[0], image.head[2]
+    first, last = [layer for layer in image.head if isinstance(layer, nn.Linear)]
     layers = f"Linear {first.in_features} → {first.out_features}, GELU, Linear → {last.out_features}"
     return [
         *boxes,
@@ -281,8 +277,28 @@ def _image_boxes(model: DualEncoder, image_size: int) -> list[_Box]:
     ]
 
 
+def _other_text_boxes(model: DualEncoder, context_length: int) -> list[_Box]:
+    "The boxes of a text tower that is not CLIP's: what they hold differs, so they say less."
+    tower: Any = model.text_encoder.tower
+    words, out = tower.get_input_embeddings(), model.text_encoder.embedding_dim
+    own = {id(p) for p in words.parameters()}
+    transformer = [p for p in tower.text_model.parameters() if id(p) not in own]
+    boxes = [
+        _Box("token ids", _shape_text("M", context_length)),
+        _Box("word embeddings", f"{words.num_embeddings:,} tokens", list(words.parameters())),
+        _Box("transformer", _shape_text("M", context_length, words.embedding_dim), transformer, height=4),
+        _Box("pooled", _shape_text("M", words.embedding_dim)),
+    ]
+    for name, part in _model_parts(model).items():
+        if name == "text projection":
+            boxes.append(_Box(name, f"to {out}", _parameters_of(part)))
+    return [*boxes, _Box("text embeddings", f"(M, {out}), length 1")]
+
+
 def _text_boxes(model: DualEncoder, context_length: int) -> list[_Box]:
     tower: Any = model.text_encoder.tower
+    if not isinstance(tower, CLIPTextModelWithProjection):
+        return _other_text_boxes(model, context_length)
     config, text_model = tower.config, tower.text_model
     width, out = config.hidden_size, config.projection_dim
     vocabulary = f"{config.vocab_size:,} tokens, {config.max_position_embeddings} positions"

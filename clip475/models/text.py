@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
@@ -21,19 +22,31 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerBase,
+    Siglip2TextModel,
+    SiglipTextModel,
+)
 
 from .. import __version__
 from ..core.config import LabConfig
 from ..core.devices import autocast_dtype
-from ..core.files import LabError, cache_dir, fingerprint, save_tensors
+from ..core.files import LabError, cache_dir, fingerprint, read_json, save_tensors
 from ..data.captions import CaptionSplit
 from clip475.data.tokens import (
-    _CLEANING,
+    _CLIP_KINDS,
+    _clean,
+    _cleaning_name,
     _load_pretrained,
     _one_line,
     _pad_tokens,
     _token_ids,
+    _tower_file,
+    _tower_kind,
     clean_text,
     load_tokenizer,
 )
@@ -41,7 +54,7 @@ from .freezing import freeze
 
 # %% ../../nbs/lib/models/02_text.ipynb #d2966488
 class TextEncoder(nn.Module):
-    """A CLIP text tower with its projection: token ids (B, L) to unit vectors (B, D) in float32.
+    """A text tower, CLIP's with its projection or another: token ids (B, L) to unit vectors (B, D) in float32.
 
     `frozen=True` keeps it in evaluation mode whatever a parent's `train()` does, and builds no graph.
     `pretrained` notes whether the weights can be loaded again from where they came."""
@@ -57,47 +70,177 @@ class TextEncoder(nn.Module):
         "D, the width of the embeddings."
         return self.tower.config.projection_dim
 
+    @property
+    def padded_length(self) -> int:
+        "The length that a tower needs every caption padded to; 0: the longest of a batch will do."
+        return getattr(self.tower, "padded_length", 0)
+
     def train(self, mode: bool = True) -> "TextEncoder":
         "Training mode, unless the encoder is frozen."
         return super().train(mode and not self.frozen)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Embeddings (B, D) of token ids (B, L), read at the first end token (Radford et al. 2021, section
-        2.4)."""
+        """Embeddings (B, D) of token ids (B, L); CLIP's are read at the first end token (Radford et al. 2021,
+        section 2.4)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             output = self.tower(input_ids=input_ids, attention_mask=attention_mask)
             return F.normalize(output.text_embeds.float(), dim=-1)  # (B, D), not pooler_output
 
 # %% ../../nbs/lib/models/02_text.ipynb #b1658021
-def _load_tower(name: str, revision: str | None) -> Any:
-    """The tower with its weights in float32. Files of the kind .bin are read with weights_only=True: no
-    code runs."""
-    tower, info = _load_pretrained(
-        CLIPTextModelWithProjection,
-        name,
-        revision,
-        dtype=torch.float32,
-        weights_only=True,
-        output_loading_info=True,
+def _mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return (states * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+
+
+_POOLINGS = {  # hidden states (B, L, width) and mask (B, L, 1) → (B, width)
+    "mean": _mean,
+    "mean_sqrt_len": lambda states, mask: (states * mask).sum(1) / mask.sum(1).clamp(min=1e-9).sqrt(),
+    "cls": lambda states, mask: states[:, 0],
+    "max": lambda states, mask: states.masked_fill(mask == 0, -torch.inf).amax(1),
+}
+
+
+class _SentenceTower(nn.Module):
+    "A BERT-like network with the pooling and the dense layers of its folder (Reimers and Gurevych 2019)."
+
+    def __init__(self, text_model: Any, pooling: str, dense: nn.Sequential, width: int) -> None:
+        super().__init__()
+        self.text_model, self.pooling, self.text_projection = text_model, pooling, dense
+        length = text_model.config.max_position_embeddings
+        self.config = SimpleNamespace(projection_dim=width, max_position_embeddings=length)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        states = self.text_model(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        pooled = _POOLINGS[self.pooling](states, mask[..., None].to(states.dtype))
+        return SimpleNamespace(text_embeds=self.text_projection(pooled), last_hidden_state=states)
+
+
+class _SiglipTower(nn.Module):
+    "SigLIP's text tower, which reads padded captions without a mask (Zhai et al. 2023)."
+
+    def __init__(self, text_model: Any) -> None:
+        super().__init__()
+        self.text_model = text_model
+        about = text_model.config
+        width = getattr(about, "projection_size", None) or about.hidden_size
+        self.padded_length = about.max_position_embeddings
+        self.config = SimpleNamespace(projection_dim=width, max_position_embeddings=self.padded_length)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
+        output = self.text_model(input_ids=input_ids)
+        return SimpleNamespace(text_embeds=output.pooler_output, last_hidden_state=output.last_hidden_state)
+
+# %% ../../nbs/lib/models/02_text.ipynb #51ff9729
+_ACTIVATIONS = {"Tanh": nn.Tanh, "Identity": nn.Identity, "GELU": nn.GELU, "ReLU": nn.ReLU}
+_KNOWN_MODULES = ("Transformer", "Pooling", "Dense", "Normalize")  # of sentence-transformers
+
+
+def _unfit(name: str, reason: str) -> LabError:
+    return LabError(
+        f"text_model {name!r} {reason}; it takes CLIP's text tower, SigLIP's, "
+        "or a sentence encoder whose folder declares mean, cls or max pooling"
     )
-    if info["missing_keys"]:
-        raise LabError(
-            f"text_model {name!r}: its weights lack {sorted(info['missing_keys'])[0]}; "
-            "it takes a CLIP text tower with its text projection"
-        )
-    return tower
 
 
-def _random_tower(name: str, revision: str | None) -> Any:
-    "The same shape with random weights."
-    if name == "openai/clip-vit-base-patch32":
-        shape = CLIPTextConfig()  # the default of transformers is its shape
-    else:
-        shape = _load_pretrained(CLIPTextConfig, name, revision, online=False)
-    return CLIPTextModelWithProjection(shape).float()
+def _declared(name: str, revision: str | None, file: str) -> Any:
+    path = _tower_file(name, revision, file)
+    return read_json(path) if path else None
 
 
-def _check_shape(name: str, shape: CLIPTextConfig, config: LabConfig) -> None:
+def _pooling_of(name: str, revision: str | None, place: str) -> str:
+    about = _declared(name, revision, f"{place}/config.json") or {}
+    modes = {mode for mode in _POOLINGS if about.get(f"pooling_mode_{mode}_tokens") or about.get(f"pooling_mode_{mode}_token")}
+    named = about.get("pooling_mode")  # as newer versions write it
+    modes |= {named} if isinstance(named, str) else set()
+    if len(modes) != 1 or not modes <= _POOLINGS.keys():
+        raise _unfit(name, f"declares the pooling {' and '.join(sorted(modes)) or 'none'}")
+    return modes.pop()
+
+
+def _dense_layer(name: str, revision: str | None, place: str, pretrained: bool) -> list[nn.Module]:
+    "A dense layer and its activation as the folder `place` describes them."
+    about = _declared(name, revision, f"{place}/config.json") or {}
+    activation = str(about.get("activation_function", "Tanh")).rsplit(".", 1)[-1]
+    if activation not in _ACTIVATIONS:
+        raise _unfit(name, f"has a dense layer with the activation {activation}")
+    layer = nn.Linear(about["in_features"], about["out_features"], bias=about.get("bias", True))
+    if pretrained:
+        file = _tower_file(name, revision, f"{place}/model.safetensors")
+        if file is None:
+            raise _unfit(name, f"has a dense layer without {place}/model.safetensors")
+        with safe_open(file, "pt") as f:
+            state = {key.removeprefix("linear."): f.get_tensor(key).float() for key in f.keys()}
+        layer.load_state_dict(state)
+    return [layer, _ACTIVATIONS[activation]()]
+
+
+def _sentence_tower(name: str, revision: str | None, text_model: Any, pretrained: bool) -> _SentenceTower:
+    "`text_model` with the pooling and the dense layers that the folder declares."
+    modules = _declared(name, revision, "modules.json")
+    if not modules:
+        kind = text_model.config.model_type
+        raise _unfit(name, f"is of the kind {kind} and has no modules.json that says how to pool its tokens")
+    pooling, dense = "", []
+    width = text_model.config.hidden_size
+    for module in modules:
+        kind = str(module.get("type", "")).rsplit(".", 1)[-1]
+        if kind not in _KNOWN_MODULES:
+            raise _unfit(name, f"has a module of the kind {kind}")
+        if kind == "Pooling":
+            pooling = _pooling_of(name, revision, module["path"])
+        if kind == "Dense":
+            dense += _dense_layer(name, revision, module["path"], pretrained)
+            width = dense[-2].out_features
+    if not pooling:
+        raise _unfit(name, "declares no pooling")
+    return _SentenceTower(text_model, pooling, nn.Sequential(*dense), width)
+
+# %% ../../nbs/lib/models/02_text.ipynb #68dabe08
+_SIGLIP_KINDS = {
+    "siglip": SiglipTextModel,
+    "siglip_text_model": SiglipTextModel,
+    "siglip2": Siglip2TextModel,
+    "siglip2_text_model": Siglip2TextModel,
+}
+
+
+def _network(cls: Any, name: str, revision: str | None, pretrained: bool, config_cls: Any, **more: Any) -> Any:
+    "A network of transformers in float32. Files of the kind .bin are read with weights_only=True: no code runs."
+    if not pretrained:
+        shape = _load_pretrained(config_cls, name, revision, online=False, **more)
+        build = cls if hasattr(cls, "forward") else cls.from_config
+        return build(shape).float()
+    options = dict(dtype=torch.float32, weights_only=True, output_loading_info=True) | more
+    network, info = _load_pretrained(cls, name, revision, **options)
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # BERT's own, not read
+    if missing:
+        raise _unfit(name, f"lacks the weights {missing[0]}")
+    return network
+
+
+def _load_tower(name: str, revision: str | None, pretrained: bool) -> Any:
+    "The text tower `name` with its weights, or of the same shape with random ones."
+    kind = _tower_kind(name, revision)
+    if kind in _CLIP_KINDS:
+        if not pretrained and name == "openai/clip-vit-base-patch32":
+            return CLIPTextModelWithProjection(CLIPTextConfig()).float()  # transformers' default is its shape
+        return _network(CLIPTextModelWithProjection, name, revision, pretrained, CLIPTextConfig)
+    if kind in _SIGLIP_KINDS:
+        cls = _SIGLIP_KINDS[kind]
+        return _SiglipTower(_network(cls, name, revision, pretrained, cls.config_class))
+    if _tower_file(name, revision, "modules.json") is None:
+        raise _unfit(name, f"is of the kind {kind} and has no modules.json that says how to pool its tokens")
+    network = _network(AutoModel, name, revision, pretrained, AutoConfig, trust_remote_code=False)
+    return _sentence_tower(name, revision, network, pretrained)
+
+
+def _check_shape(name: str, shape: Any, config: LabConfig) -> None:
     width, length = shape.projection_dim, shape.max_position_embeddings
     if width != config.embedding_dim:
         raise LabError(
@@ -112,13 +255,12 @@ def _check_shape(name: str, shape: CLIPTextConfig, config: LabConfig) -> None:
 
 
 def load_text_encoder(config: LabConfig, pretrained: bool = True, frozen: bool = True) -> TextEncoder:
-    """The text tower that `config` names, in float32: `"builtin"`, a folder, or a hub name with a pinned
-    revision.
+    """The text tower that `config` names, in float32: `"builtin"`, a folder, `"package:NAME"`, or a hub name
+    with a pinned revision. It may be CLIP's, SigLIP's or a sentence encoder.
 
     `pretrained=False` builds the same shape with random weights and without any download. Raises `LabError`
     where the tower does not fit `config` or cannot be found."""
-    load = _load_tower if pretrained else _random_tower
-    tower = load(config.text_model, config.text_revision)
+    tower = _load_tower(config.text_model, config.text_revision, pretrained)
     _check_shape(config.text_model, tower.config, config)
     return TextEncoder(tower, frozen=frozen, pretrained=pretrained)
 
@@ -146,7 +288,7 @@ def _encode_by_length(
     with _evaluation_mode(encoder), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for start in tqdm(starts, desc="encoding captions", unit="batch", disable=not progress):
             rows = order[start : start + batch_size]
-            tokens = _pad_tokens([ids[i] for i in rows], pad)  # (B, longest)
+            tokens = _pad_tokens([ids[i] for i in rows], pad, encoder.padded_length)  # (B, longest)
             embeddings[rows] = encoder(**{name: t.to(device) for name, t in tokens.items()}).cpu()
     return embeddings
 
@@ -156,7 +298,7 @@ def encode_texts(
     captions: str | Sequence[str],
     encoder: TextEncoder,
     tokenizer: PreTrainedTokenizerBase,
-    context_length: int = 77,
+    context_length: int | None = None,
     batch_size: int = 256,
     progress: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -165,14 +307,14 @@ def encode_texts(
     through here.
 
     Cleans the text, encodes equal captions once and trims each batch to its longest caption; what exceeds
-    `context_length` tokens is cut off. `dtype=torch.bfloat16` multiplies matrices in it (cosine to float32
+    `context_length` tokens (None: the tokenizer's own, 77 for CLIP) is cut off. `dtype=torch.bfloat16` multiplies matrices in it (cosine to float32
     ≥ 0.999). Raises `LabError` without captions."""
     captions = [captions] if isinstance(captions, str) else captions
-    texts = [clean_text(caption) for caption in captions]
+    texts = _clean(captions, tokenizer)
     if not texts:
         raise LabError("there is no caption to encode; give at least one")
     distinct = list(dict.fromkeys(texts))
-    ids = _token_ids(distinct, tokenizer, context_length)
+    ids = _token_ids(distinct, tokenizer, context_length or tokenizer.model_max_length)
     embeddings = _encode_by_length(ids, encoder, tokenizer.pad_token_id, batch_size, progress, dtype)
     row_of = {text: row for row, text in enumerate(distinct)}
     return embeddings[[row_of[text] for text in texts]]
@@ -209,7 +351,7 @@ def _manifest(
         "text_revision": config.text_revision,
         "weights": _weights_fingerprint(encoder.tower),
         "tokenizer": _tokenizer_fingerprint(tokenizer),
-        "cleaning": _CLEANING,
+        "cleaning": _cleaning_name(tokenizer),
         "dtype": str(_compute_dtype(config, encoder)).removeprefix("torch."),
         "library": f"clip475 {__version__}, transformers {transformers.__version__}",
     }

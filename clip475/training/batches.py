@@ -43,13 +43,14 @@ class PreparedSplit:
     """A split with its arrays, all in the order of `split`: `pixels` (N, S, S, 3) uint8 and
     `text_embeddings` (M, D).
 
-    `bad` lists images that others replaced: (image id, file name, reason). Raises `LabError` where lengths
-    differ."""
+    `bad` lists images that others replaced: (image id, file name, reason). `features` (V, N, width) are those
+    of a frozen backbone, in V views of each image, or None. Raises `LabError` where lengths differ."""
 
     split: CaptionSplit
     pixels: np.ndarray
     text_embeddings: torch.Tensor
     bad: tuple = ()
+    features: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         name, captions = self.split.name, len(self.split.captions)
@@ -77,17 +78,18 @@ class PreparedSplit:
 
 # %% ../../nbs/lib/training/04_batches.ipynb #25a604d9
 def _data_root(config: LabConfig, progress: bool = True) -> Path:
-    "The folder that `config.data` names: scenes (drawn if not there yet), COCO 2014, or one of your own."
+    "The folder that `config.data` names: scenes (drawn if not there yet), a known dataset, or one of your own."
     if config.data == "scenes":
         return _prepare_scenes(config, progress)
-    if config.data != "coco2014":
+    if config.data not in ("coco2014", "flickr8k"):
         return Path(config.data).expanduser()
-    root = cache_dir() / "coco2014"
+    root = cache_dir() / config.data
     if root.is_dir():
         return root
+    fetch = "fetch it with: clip475 prepare --dataset coco2014, or "
     raise LabError(
-        f"{root}: COCO 2014 is not there; "
-        "fetch it with: clip475 prepare --dataset coco2014, or name your own copy with --data DIR"
+        f"{root}: the data of this preset, {config.data}, are not there; "
+        f"{fetch if config.data == 'coco2014' else ''}name your own folder of captioned pictures with --data DIR"
     )
 
 # %% ../../nbs/lib/training/04_batches.ipynb #c2fb9e2d
@@ -190,7 +192,8 @@ def epoch_batches(
 ) -> Iterator[_Batch]:
     """The batches of `epoch` from number `start` on, each on this process's device.
 
-    A batch is this process's share of the pixels, (b, S, S, 3) uint8, and of the whole batch
+    A batch is this process's share of the pixels, (b, S, S, 3) uint8, or, where `train` has features, a view
+    of each image's, (b, width); and of the whole batch
     text_embeddings (B·k, D), image rows (B,) and the image row of each text (B·k,). All follow from seed,
     epoch and number alone, for any number of processes (augmentation draws anew for each)."""
     order = batches(epoch_order(len(train), config.seed, epoch), config.batch_size)
@@ -203,9 +206,14 @@ def epoch_batches(
     def make_batch(number: int) -> _Batch:
         rows = order[number]
         own_rows = _share_of_batch(rows, process_group)
-        pixels = to_device(torch.from_numpy(train.pixels[own_rows.numpy()]))
         seed = int(fingerprint("augment", config.seed, epoch, number, process_group.rank), 16) % 2**63
-        pixels = augment(pixels, config.augment, config.image_size, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        if train.features is not None:
+            views = torch.randint(len(train.features), (len(own_rows),), generator=generator)
+            pixels = to_device(train.features[views, own_rows])
+        else:
+            pixels = to_device(torch.from_numpy(train.pixels[own_rows.numpy()]))
+            pixels = augment(pixels, config.augment, config.image_size, generator)
         texts = train.text_embeddings[captions[rows].flatten()]
         text_rows = rows.repeat_interleave(captions.shape[1])
         return pixels, to_device(texts), to_device(rows), to_device(text_rows)

@@ -31,6 +31,7 @@ from ..models.text import _weights_fingerprint
 from .batches import PreparedSplit, _steps_per_epoch
 from .checkpoints import _checkpoint_files, _Folder, _load_checkpoint, _save_checkpoint, _warn
 from .distributed import ProcessGroup, _any_process, _broadcast_from_main
+from .features import with_features
 from clip475.training.steps import (
     TrainState,
     _log_pending_steps,
@@ -337,6 +338,9 @@ def fit(
     steps = _steps_per_epoch(len(train), config)  # too few images are refused before any work
     with _lock_run_folder(run, process_group), _stop_requests() as stop_requests:
         state = _start_or_resume(config, train, val, run, resume, process_group)
+        if config.cache_features:
+            train = with_features(train, state.model, config, train=True, progress=progress and is_main)
+            val = with_features(val, state.model, config, train=False, progress=progress and is_main)
         after_step = _checkpoint_callback(config, run, stop_requests, steps * config.epochs)
         with _explain_failure(state, config, run):
             if is_main:

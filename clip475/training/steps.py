@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,10 +22,11 @@ from tqdm.auto import tqdm
 
 from ..core.config import LabConfig
 from ..core.devices import autocast, autocast_dtype, pick_device, seed_everything
-from ..core.files import LabError
+from ..core.files import LabError, fingerprint
 from ..data.images import _caption_choice, batches, epoch_order
 from ..data.pixels import normalize
 from ..models.joint import DualEncoder, build_model, parameter_groups
+from ..models.policies import apply_policy
 from .batches import PreparedSplit, _steps_per_epoch, epoch_batches
 from .distributed import ProcessGroup, _distributed_module, _gather_rows, _no_gradient_sync
 from .large_batches import cached_backward
@@ -99,6 +100,8 @@ def start_training(
     device = process_group.device
     seed_everything(config.seed)
     model = build_model(config, backbone_weights=backbone_weights)
+    if config.policy != "spec":
+        apply_policy(model, config.policy, n=config.policy_blocks)
     model = model.to(memory_format=torch.channels_last).to(device).train()
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config),
@@ -120,10 +123,15 @@ def _set_training_mode(model: DualEncoder, config: LabConfig) -> None:
                 module.eval()
 
 # %% ../../nbs/lib/training/05_steps.ipynb #80123be1
+def _network_input(batch: torch.Tensor, config: LabConfig) -> torch.Tensor:
+    "Normalised pixels (b, 3, S, S) of uint8 pixels (b, S, S, 3); features (b, width) stay as they are."
+    return batch if batch.ndim == 2 else normalize(batch, config.image_mean, config.image_std)
+
+
 def _embed_pixels(state: TrainState, pixels: torch.Tensor, config: LabConfig) -> torch.Tensor:
-    "Unit-norm embeddings (b, D) of uint8 pixels (b, S, S, 3), in the run's arithmetic."
+    "Unit-norm embeddings (b, D) of uint8 pixels (b, S, S, 3) or features (b, width), in the run's arithmetic."
     with autocast(config, state.process_group.device):
-        return state.encode(normalize(pixels, config.image_mean, config.image_std))
+        return state.encode(_network_input(pixels, config))
 
 
 def _backward(
@@ -164,6 +172,34 @@ def _clip_gradients(state: TrainState, config: LabConfig) -> torch.Tensor:
     return norm
 
 # %% ../../nbs/lib/training/05_steps.ipynb #c5dc1bd8
+class _Mixture(NamedTuple):
+    "How the images of a step are blended: the share of the image itself, and the row of the other one."
+
+    share: float
+    other: torch.Tensor  # (b,)
+
+    def blend(self, images: torch.Tensor) -> torch.Tensor:
+        "uint8 pixels (b, S, S, 3) or features (b, width), blended."
+        mixed = self.share * images.float() + (1 - self.share) * images[self.other].float()
+        return mixed.round().to(images.dtype) if images.dtype == torch.uint8 else mixed.to(images.dtype)
+
+    def loss(self, loss_of: Callable[[torch.Tensor], torch.Tensor], embeddings: torch.Tensor) -> torch.Tensor:
+        "The blended loss of embeddings (B, D), of one process or, b rows after b rows, of several."
+        b = len(self.other)
+        other = torch.cat([self.other + start for start in range(0, len(embeddings), b)])
+        second = embeddings[other.argsort().to(embeddings.device)]  # row other[i] now holds row i
+        return self.share * loss_of(embeddings) + (1 - self.share) * loss_of(second)
+
+
+def _mixture(config: LabConfig, step: int, images: int) -> _Mixture | None:
+    "The mixture of a step, drawn from the seed; None without `config.mixup`."
+    if not config.mixup:
+        return None
+    rng = np.random.default_rng(int(fingerprint("mixup", config.seed, step), 16))
+    share = rng.beta(config.mixup, config.mixup)
+    return _Mixture(max(share, 1 - share), torch.from_numpy(rng.permutation(images)))
+
+# %% ../../nbs/lib/training/05_steps.ipynb #8c21b5f7
 def train_step(
     state: TrainState,
     pixels: torch.Tensor,
@@ -173,7 +209,8 @@ def train_step(
     config: LabConfig,
     text_image_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One step. `pixels` (b, S, S, 3) uint8 are this process's; the rest is of the whole batch.
+    """One step. `pixels` (b, S, S, 3) uint8, or features (b, width) of a frozen backbone, are this process's;
+    the rest is of the whole batch.
 
     `text_embeddings` (M, D), `image_ids` (B,), and `text_image_ids` (M,), the image of each text. Returns
     loss, gradient norm before clipping, and temperature as one tensor (3,) on the device: reading it waits
@@ -184,12 +221,18 @@ def train_step(
         group["lr"] = learning_rate * group.get("rate", 1.0)
     state.optimizer.zero_grad(set_to_none=True)
 
-    def loss_of(embeddings: torch.Tensor) -> torch.Tensor:
-        images = _gather_rows(embeddings, state.process_group)  # (B, D)
+    mixture = _mixture(config, state.step, len(pixels))
+
+    def loss_of_rows(images: torch.Tensor) -> torch.Tensor:
         scale, bias = model.logit_scale, model.logit_bias
         return batch_loss(config, images, texts, scale, image_ids, text_image_ids, bias)
 
-    loss = _backward(state, pixels.to(device, non_blocking=True), loss_of, config)
+    def loss_of(embeddings: torch.Tensor) -> torch.Tensor:
+        images = _gather_rows(embeddings, state.process_group)  # (B, D)
+        return mixture.loss(loss_of_rows, images) if mixture else loss_of_rows(images)
+
+    pixels = pixels.to(device, non_blocking=True)
+    loss = _backward(state, mixture.blend(pixels) if mixture else pixels, loss_of, config)
     norm = _clip_gradients(state, config)
     state.scaler.step(state.optimizer)
     state.scaler.update()
@@ -314,7 +357,7 @@ def embed_images(
     batch_size: int = 256,
     encode: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Unit-norm embeddings (N, D) float32, on the CPU, of pixels (N, S, S, 3) uint8.
+    """Unit-norm embeddings (N, D) float32, on the CPU, of pixels (N, S, S, 3) uint8 or features (N, width).
 
     The model is afterwards in the mode that it was in. `encode`: another function of normalised pixels (B,
     3, S, S) than `model.encode_image`, a part of the model."""
@@ -326,8 +369,7 @@ def embed_images(
         with autocast(config, device):
             for start in range(0, len(pixels), batch_size):
                 batch = torch.from_numpy(np.array(pixels[start : start + batch_size])).to(device)
-                normalized = normalize(batch, config.image_mean, config.image_std)
-                parts.append(encode(normalized).float().cpu())
+                parts.append(encode(_network_input(batch, config)).float().cpu())
     finally:
         model.train(mode)
     return torch.cat(parts)
@@ -373,7 +415,8 @@ def validate(
 ) -> dict[str, float]:
     """The validation loss, and what `measure(image_embeddings, val)` returns, as columns for the row of
     metrics."""
-    image_embeddings = embed_images(_model_to_evaluate(state), val.pixels, config)
+    images = val.pixels if val.features is None else val.features[0].numpy()
+    image_embeddings = embed_images(_model_to_evaluate(state), images, config)
     more = measure(image_embeddings, val) if measure else {}
     scale, bias = state.model.logit_scale, state.model.logit_bias
     return {"val_loss": _validation_loss(image_embeddings, val, scale, config, bias), **more}
