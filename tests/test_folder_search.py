@@ -432,3 +432,26 @@ def test_the_model_is_photos_by_default(album, capsys, monkeypatch, run):
     assert json.loads(capsys.readouterr().out)["model"] == str(run)
     monkeypatch.undo()
     assert folder_module._DEFAULT_MODEL == "photos"
+
+
+# ── the panel ──
+
+
+def test_the_search_panel_opens_a_folder(album, model, find):
+    panels = pytest.importorskip("clip475.app.panels")
+    shutil.copy(album / "0.png", album / ESCAPE)
+    panel = panels.search_panel(model, "a red boat", k=4, folder=album)
+    parts = panel.parts
+    assert [card.item["image_path"] for card in parts.cards] == find("a red boat", album, k=4).paths
+    assert "among 13 in" in parts.message.value
+    chosen = Path(parts.cards[2].item["image_path"])
+    parts.cards[2].button.click()
+    first = Path(parts.cards[0].item["image_path"])  # itself, or its copy
+    assert first.read_bytes() == chosen.read_bytes() and parts.cards[0].item["score"] > 0.99
+    parts.count.value = 13
+    shown = "".join(card.html.value for card in parts.cards)
+    assert shown.count("<img") == 13 and "\x1b" not in shown and "<b>&" not in shown
+    for folder in ("", str(album / "nowhere")):
+        parts.folder.value = folder
+        assert "role=alert" in parts.message.value and parts.grid.children == ()
+        assert "image/png" in panel._repr_mimebundle_()

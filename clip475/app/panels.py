@@ -8,6 +8,7 @@ __all__ = ['open_lab', 'search_panel', 'zeroshot_panel']
 # %% ../../nbs/lib/app/03_panels.ipynb #25cde40a
 import html
 import os
+import re
 import warnings
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,12 +26,14 @@ from transformers import CLIPTokenizer
 
 from ..core.config import LabConfig
 from ..core.figures import _HIT, _MISS, PALETTE, plot_bars, plot_gallery
-from ..core.files import LabError
+from ..core.files import LabError, _visible
 from ..data.pixels import load_image
 from ..data.tokens import load_tokenizer
 from ..evaluation.zeroshot import _zero_shot
 from ..models.joint import DualEncoder, load_model
+from ..searching.folder import search
 from ..searching.index import SearchIndex, _model_encoder, _picture_of
+from ..searching.model import ImageTextModel
 from ..training.batches import PreparedSplit, prepare_data
 from ..training.steps import embed_images
 
@@ -191,7 +194,7 @@ def _panel(
     return _Panel(name, view, SimpleNamespace(**controls, output=output), still)
 
 # %% ../../nbs/lib/app/03_panels.ipynb #936bb221
-_Query = str | int | bytes  # a text, a row of the index, or an upload
+_Query = str | int | bytes | Path  # a text, a row of the index, an upload, or a picture of a folder
 
 
 def _search_request(index: SearchIndex, query: _Query, k: int) -> Any:
@@ -209,46 +212,64 @@ def _upload() -> widgets.FileUpload:
     return widgets.FileUpload(accept="image/*", multiple=False, description="own picture")
 
 # %% ../../nbs/lib/app/03_panels.ipynb #c63f1a0f
-def _query_html(index: SearchIndex, query: _Query, found: Any) -> str:
+def _notes_html(notes: Iterable[str]) -> str:
+    return "".join(f"<div>! {html.escape(note)}</div>" for note in notes)
+
+
+def _query_html(query: str | bytes | Path, found: Any, where: str = "") -> str:
     "The query, how many answers there are, and what the text encoder could not read of it."
     if isinstance(query, str):
-        shown = f"“{html.escape(query[:200])}”"
+        shown = f"“{html.escape(_visible(query[:200]))}”"
     else:
-        picture = _picture_of(query if isinstance(query, bytes) else index.path(query))
-        shown = _picture_html(picture, "the picture searched by", 64)
+        shown = _picture_html(_picture_of(query), "the picture searched by", 64)
     note = f'<br><b style="color:{_MISS}">! </b>{html.escape(found.note)}' if found.note else ""
-    return _sheet(f"{len(found)} pictures nearest to {shown}{note}")
+    return _sheet(f"{len(found)} pictures nearest to {shown}{where}{note}")
+
+
+def _caption_of(item: Mapping[str, Any]) -> str:
+    "The first caption of an answer; in a folder, the name of the file."
+    return _visible(item["captions"][0] if "captions" in item else Path(item["image_path"]).name)
 
 
 def _card_html(item: Mapping[str, Any]) -> str:
-    "One answer: the picture, its score and its first caption."
-    caption = item["captions"][0]
+    "One answer: the picture, its score and its caption."
+    caption = _caption_of(item)
     title = f"<b>{item['rank']}. {item['score']:.2f}</b> {html.escape(caption)}"
-    picture = _picture_html(load_image(item["image_path"]), caption)
-    return _sheet(f'{picture}<div style="width:112px;font-size:12px">{title}</div>')
+    try:
+        picture = _picture_html(load_image(item["image_path"], 112), caption)
+    except LabError as error:  # the file has gone since
+        picture = _error_html(error)
+    return _sheet(f'{picture}<div style="width:112px;font-size:12px;overflow-wrap:anywhere">{title}</div>')
 
 # %% ../../nbs/lib/app/03_panels.ipynb #8bbb6be8
 class _Card:
     "A place for one answer, and a button to search by it; `item` is the answer shown."
 
-    def __init__(self, search: Callable[[int], None]) -> None:
+    def __init__(self, search: Callable[[int | Path], None]) -> None:
         self.item: Mapping[str, Any] = {}
         self.html = widgets.HTML()
         self.button = widgets.Button(description="more like this", layout=widgets.Layout(width="128px"))
-        self.button.on_click(lambda _: search(self.item["row"]))
+        self.button.on_click(lambda _: search(self.query()))
         self.view = widgets.VBox([self.html, self.button], layout=widgets.Layout(margin="2px"))
+
+    def query(self) -> int | Path:
+        "The picture of the card: its row in the index, or its path in a folder."
+        return self.item["row"] if "captions" in self.item else Path(self.item["image_path"])
 
     def fill(self, item: Mapping[str, Any]) -> None:
         self.item = item
         self.html.value = _card_html(item)
-        self.button.tooltip = f"search by picture {item['rank']}: {item['captions'][0]}"
+        self.button.tooltip = f"search by picture {item['rank']}: {_caption_of(item)}"
 
 
 class _SearchView:
     "The widgets of the search panel and what they do: `search(query)` fills the message and the cards."
 
-    def __init__(self, lab: _Lab, query: str, k: int) -> None:
-        self.index = lab.index
+    def __init__(self, lab: _Lab | ImageTextModel, query: str, k: int, folder: str) -> None:
+        self.index, self.model = _index_and_model(lab)
+        wide = widgets.Layout(width="420px")
+        self.folder = widgets.Text(folder, description="folder", continuous_update=False, layout=wide)
+        self.folder.placeholder = "the pictures of the run; or the path of your own"
         self.text = widgets.Text(query, description="look for", continuous_update=False)
         narrow = widgets.Layout(width="150px")
         self.count = widgets.BoundedIntText(k, 1, 48, description="how many", layout=narrow)
@@ -259,7 +280,7 @@ class _SearchView:
         self.query: _Query = query
         self.found: Any = ()
         _listen([self.text, self.go], lambda: self.search(self.text.value))
-        _listen([self.count], lambda: self.search(self.query))
+        _listen([self.count, self.folder], lambda: self.search(self.query))
         _listen([self.file], self.search_upload)
         self.search(query)
 
@@ -275,25 +296,62 @@ class _SearchView:
         self.grid.children = tuple(card.view for card in shown)
 
     def answer(self) -> str:
-        self.found = _search_request(self.index, self.query, self.count.value)
-        return _query_html(self.index, self.query, self.found)
+        query, folder = self.query, self.folder.value.strip()
+        if isinstance(query, int) and self.index is not None and folder:
+            query = Path(self.index.path(query))
+        if folder:
+            return self.answer_from(folder, query)
+        if self.index is None:
+            raise LabError("there is no run whose pictures could be searched; name a folder")
+        self.found = _search_request(self.index, query, self.count.value)
+        return _query_html(Path(self.index.path(query)) if isinstance(query, int) else query, self.found)
+
+    def answer_from(self, folder: str, query: Any) -> str:
+        "The answer from the pictures in a folder; the first time, they are embedded."
+        self.message.value = _sheet("looking at the pictures of the folder …")
+        asked = _picture_of(query) if isinstance(query, bytes) else query
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self.found = search(asked, folder, self.count.value, self.model, progress=False)
+        notes = [f"{len(self.found.skipped):,} skipped"] if self.found.skipped else []
+        notes += [str(w.message) for w in caught if w.category is UserWarning]
+        where = f" among {self.found.pictures:,} in {html.escape(_visible(self.found.folder))}"
+        return _query_html(query, self.found, where + _notes_html(notes))
 
     def search_upload(self) -> None:
         picture = _uploaded(self.file.value)
         if picture is not None:
             self.search(picture)
 
+    def still(self) -> plt.Figure:
+        if self.found:
+            return plot_gallery([self.found.gallery_row()])
+        figure = plt.figure(figsize=(6, 0.5))
+        figure.text(0, 0.5, re.sub("<[^>]*>", "", self.message.value)[:100])
+        plt.close(figure)
+        return figure
 
-def search_panel(lab: _Lab, query: str = "a red car", k: int = 6) -> _Panel:
+
+def _index_and_model(lab: _Lab | ImageTextModel) -> tuple[SearchIndex | None, ImageTextModel]:
+    if isinstance(lab, ImageTextModel):
+        return None, lab
+    return lab.index, ImageTextModel(lab.model, lab.config, lab.tokenizer, "the run")
+
+
+def search_panel(
+    lab: _Lab | ImageTextModel, query: str = "a red car", k: int = 6, folder: str | Path = ""
+) -> _Panel:
     """A panel to search by words, by a picture of your own, or by one of the answers.
 
-    `lab` comes from `open_lab`; `k` pictures are shown. Errors and unknown words stand above the answers."""
-    view = _SearchView(lab, query, k)
-    names = ("text", "count", "go", "file", "message", "grid", "cards")
+    `lab` comes from `open_lab`; for a folder alone, what `clip475.load` returned will do. `k` pictures are
+    shown. `folder`: your own pictures instead of the run's; another one can be typed into the panel. Errors
+    and unknown words stand above the answers."""
+    view = _SearchView(lab, query, k, str(folder))
+    names = ("text", "count", "go", "file", "folder", "message", "grid", "cards")
     parts = SimpleNamespace(**{name: getattr(view, name) for name in names})
-    controls = _in_rows([view.text, view.go, view.count, view.file])
+    controls = _in_rows([view.text, view.go, view.count, view.file, view.folder])
     box = widgets.VBox([controls, view.message, view.grid])
-    return _Panel("search", box, parts, lambda: plot_gallery([view.found.gallery_row()]))
+    return _Panel("search", box, parts, view.still)
 
 # %% ../../nbs/lib/app/03_panels.ipynb #4a6ba0c8
 def _class_names(text: str) -> list[str]:
@@ -344,10 +402,6 @@ def _bars_html(values: Iterable[tuple[str, float]], marked: str | None = None) -
 def _side_by_side(*parts: str) -> str:
     boxes = "".join(f"<div>{part}</div>" for part in parts)
     return f'<div style="display:flex;flex-wrap:wrap;gap:12px;align-items:center">{boxes}</div>'
-
-
-def _notes_html(notes: Iterable[str]) -> str:
-    return "".join(f"<div>! {html.escape(note)}</div>" for note in notes)
 
 
 def _picture_beside_bars(
