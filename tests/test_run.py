@@ -162,7 +162,7 @@ def test_eval_and_search_use_what_was_trained(place, first):
 
 
 def test_a_picture_asks_with_words_added(place, first):
-    mine = sorted((next((place / "cache").glob("scenes-v*-256+64-*")) / "val2014").iterdir())[5]
+    mine = sorted((next((place / "cache").glob("scenes-v*-256+64-*-seed42")) / "val2014").iterdir())[5]
     found = ok(place, "search", "--image", mine, "--run", "first", "-k", "2")
     assert found["results"][0]["file"] == str(mine) and found["results"][0]["score"] > 0.99
     said = ok(place, "search", "--image", mine, "--captions", "--run", "first", "-k", "3")["results"]
@@ -199,7 +199,7 @@ def test_prepare_fetches_a_data_set_into_its_folder_and_fills_the_caches(place, 
 
     def fetch(root, config, **kwargs):
         asked.append((Path(root), config))
-        shutil.copytree(next((place / "cache").glob("scenes-v*-256+64-*")), root)
+        shutil.copytree(next((place / "cache").glob("scenes-v*-256+64-*-seed42")), root)
         return {"fingerprint": "f" * 16, "bad": []}
 
     with patch("clip475.data.download.prepare_coco2014", fetch):
@@ -247,7 +247,7 @@ def refused(place, *argv):
 def damaged(place, name, change):
     "A copy of the prepared scenes with one thing changed."
     root = place / name
-    shutil.copytree(next((place / "cache").glob("scenes-v*-256+64-*")), root)
+    shutil.copytree(next((place / "cache").glob("scenes-v*-256+64-*-seed42")), root)
     file = root / "annotations" / "captions_train2014.json"
     if change is not None:
         file.write_text(change(json.loads(file.read_text())))
@@ -294,7 +294,12 @@ def test_an_empty_split_and_too_many_images(place, first):
         p.unlink()
     assert "val2014" in refused(place, "train", "--data", root)[0]
     message, _ = refused(
-        place, "train", "--data", next((place / "cache").glob("scenes-v*-256+64-*")), "--train", "999999"
+        place,
+        "train",
+        "--data",
+        next((place / "cache").glob("scenes-v*-256+64-*-seed42")),
+        "--train",
+        "999999",
     )
     assert "999999" in message and "256" in message
 
@@ -405,7 +410,7 @@ def test_a_third_split_that_chose_nothing(place, first):
         "--run",
         "third",
         "--data",
-        next((place / "cache").glob("scenes-v*-256+64-*")),
+        next((place / "cache").glob("scenes-v*-256+64-*-seed42")),
     )
     ids = {
         name: s["ids"]
