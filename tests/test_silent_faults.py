@@ -1,13 +1,17 @@
 "Faults that gave a wrong number or lost a caption without a word; each was found in use."
 
+import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from clip475.app import report
+from clip475.app.cli import main
 from clip475.core.config import LabConfig
 from clip475.core.files import LabError, error_message, write_json
 from clip475.data.captions import _read_captions
@@ -247,3 +251,214 @@ def test_known_contents_that_are_damaged_or_cannot_be_written_change_nothing(tmp
         assert _contents(split, tmp_path / "cache") == right
     (tmp_path / "file.contents").write_text("a file in the way")
     assert _contents(split, tmp_path / "file") == right
+
+
+# a run and its data
+
+
+WAY = ["--set", "epochs=1", "--set", "batch_size=8", "--set", "image_size=32", "--val", "10"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_figures():
+    "Most of the time of a small run goes into its figures."
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_draw_figures", "_draw_mistakes", "plot_gallery", "save_figure"):
+            patch.setattr(report, name, lambda *args, **settings: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A folder of 40 pictures and a run that was trained on it."
+    place = tmp_path_factory.mktemp("a run's place")
+    folder_of(place / "data", names_of(40))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLIP475_CACHE", str(place / "cache"))
+        code = main(["train", "--data", str(place / "data"), "--run", str(place / "my run"), *WAY])
+    assert code == 0
+    return place
+
+
+@pytest.fixture
+def run(trained, tmp_path, monkeypatch):
+    "A copy of data and run: (run folder, data folder, split name → names of its pictures)."
+    monkeypatch.setenv("CLIP475_CACHE", str(trained / "cache"))
+    shutil.copytree(trained / "data", tmp_path / "data")
+    shutil.copytree(trained / "my run", tmp_path / "my run")
+    record = json.loads((tmp_path / "my run" / "split.json").read_text())
+    return tmp_path / "my run", tmp_path / "data", {n: s["files"] for n, s in record["splits"].items()}
+
+
+def command(capsys, *argv):
+    "Exit code, the result as plain data or None, and stderr."
+    capsys.readouterr()
+    code = main([*map(str, argv), "--json"])
+    out, err = capsys.readouterr()
+    return code, json.loads(out) if out else None, err
+
+
+def list_all(data, names):
+    (data / "list.csv").write_text("file_name,caption\n" + "".join(f"{n},words of {n}\n" for n in names))
+
+
+def test_eval_and_search_keep_the_runs_own_pictures_when_others_come(run, capsys):
+    folder, data, files = run
+    before = json.loads((folder / "results.json").read_text())
+    added = [f"a{i}.png" for i in range(5)]  # they sort before all others
+    for number, name in enumerate(added):
+        picture(data / name, 100 + number)
+    list_all(data, [*added, *names_of(40)])
+    code, after, _ = command(capsys, "eval", "--run", folder, "--data", data)
+    assert code == 0 and all(after[key] == before[key] for key in ("i2t", "t2i", "images", "captions"))
+    code, found, _ = command(capsys, "search", "words of", "--run", folder, "--data", data, "-k", "10")
+    assert {Path(item["file"]).name for item in found["results"]} == set(files["val"])
+    assert {Path(item["file"]).parent for item in found["results"]} == {data}  # they have moved
+
+
+@pytest.mark.parametrize(
+    "split, harm",
+    [
+        ("train", "missing"),
+        ("val", "missing"),
+        ("val", "unlisted"),
+        ("train", "other words"),
+        ("val", "other picture"),
+    ],
+)
+def test_a_picture_of_the_run_that_is_missing_or_changed_is_refused(run, capsys, split, harm):
+    folder, data, files = run
+    name = files[split][0]
+    kept = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    if harm == "missing":
+        (data / name).unlink()
+    if harm == "unlisted":
+        list_all(data, [other for other in names_of(40) if other != name])
+    if harm == "other picture":
+        picture(data / name, 77)
+    if harm == "other words":
+        (data / "list.csv").write_text((data / "list.csv").read_text().replace(f"words of {name}", "others"))
+    code, result, err = command(capsys, "eval", "--run", folder, "--data", data)
+    assert code == 2 and result is None and split in err and str(folder / "split.json") in err
+    assert (name in err) == (harm != "other words")
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == kept
+    code, result, err = command(capsys, "search", "words", "--run", folder, "--data", data)
+    assert code == (2 if split == "val" else 0), err
+
+
+def test_a_run_without_a_record_says_that_its_pictures_are_drawn_again(run, capsys):
+    folder, data, _ = run
+    (folder / "split.json").unlink()
+    code, _, err = command(capsys, "search", "words", "--run", folder, "--data", data)
+    assert code == 0 and "keeps no record of its split" in err
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"format": 2}', '{"format": 3, "splits": {}}'])
+def test_a_record_that_is_damaged_is_refused(run, capsys, content):
+    folder, data, _ = run
+    (folder / "split.json").write_text(content)
+    code, _, err = command(capsys, "search", "words", "--run", folder, "--data", data)
+    assert code == 2 and str(folder / "split.json") in err
+
+
+def test_words_with_a_picture_find_captions_when_asked(run, capsys):
+    folder, data, files = run
+    options = ["--image", data / files["val"][0], "--plus", "words", "--run", folder, "--data", data]
+    _, pictures, _ = command(capsys, "search", *options)
+    _, captions, _ = command(capsys, "search", *options, "--captions")
+    assert all("captions" in item for item in pictures["results"])
+    assert all("caption" in item for item in captions["results"])
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--image", "nowhere.jpg"], "no such picture to search by"),
+        (["a \udcff byte"], "not UTF-8"),
+        (["--image", "IT", "--plus", "half \ud83d"], "not UTF-8"),
+    ],
+)
+def test_a_query_that_cannot_be_read_is_one_sentence(run, capsys, options, says):
+    folder, data, files = run
+    options = [str(data / files["val"][0]) if option == "IT" else option for option in options]
+    code, _, err = command(capsys, "search", *options, "--run", folder, "--data", data)
+    assert code == 2 and says in err and "split" not in err
+
+
+def test_a_run_that_can_only_be_read_is_searched(run, capsys, monkeypatch):
+    folder, data, _ = run
+    shutil.rmtree(folder / "index")
+
+    def refuse(*args, **settings):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(report.SearchIndex, "save", refuse)
+    monkeypatch.setattr(report, "save_figure", lambda _, path: path.is_relative_to(folder) and refuse())
+    code, found, err = command(capsys, "search", "words", "--run", folder, "--data", data)
+    assert code == 0, err
+    assert not Path(found["figure"]).is_relative_to(folder)
+
+
+def test_the_same_picture_in_two_splits_is_reported(run, capsys):
+    folder, data, files = run
+    shutil.copyfile(data / files["train"][0], data / files["val"][0])
+    os.unlink(data / files["val"][1])
+    os.symlink(files["train"][1], data / files["val"][1])
+    code, found, _ = command(capsys, "prepare", "--data", data, *WAY)
+    expected = [[f"train: {files['train'][i]}", f"val: {files['val'][i]}"] for i in (0, 1)]
+    assert code == 0 and sorted(found["in_two_splits"]) == sorted(expected)
+
+
+def test_missing_broken_and_copied_pictures_are_counted_as_they_are(run, tmp_path, capsys):
+    _, data, files = run
+    for name in files["val"][:2]:
+        shutil.copyfile(data / "p000.png", data / name)
+    (data / "p003.png").unlink()
+    for name in names_of(14, 10):
+        (data / name).write_bytes(b"no picture")
+    options = ["--data", data, "--on-bad", "replace", "--run", tmp_path / "new", *WAY]
+    code, results, err = command(capsys, "train", *options)
+    assert code == 0, err
+    assert results["images"] == 10 and results["chance"]["t2i"]["R@1"] == pytest.approx(1 / 10)
+    data_facts, text = results["data"], (tmp_path / "new" / "report.md").read_text()
+    assert (data_facts["train_images"], data_facts["listed_but_missing"]) == (15, 1)
+    assert data_facts["replaced"] == 14 and "were left out" in text
+    assert data_facts["in_two_splits"] and "in two splits" in text and "in two splits" in err
+    assert "1 of the 40 listed images is not on disk" in err and err.count("not on disk") == 1
+    code, again, _ = command(capsys, "eval", "--run", tmp_path / "new")
+    assert again["data"] == data_facts
+
+
+def test_options_without_an_effect_are_refused_or_said(run, capsys):
+    folder, data, _ = run
+    for argv, says in (
+        (["prepare", "--dataset", "coco2014", "--data", data], "give one"),
+        (["params", "--set", "text_revision=abc"], "leave text_revision out"),
+        (["train", "--set", "text_revision=abc"], "leave text_revision out"),
+        (["params", "--set", f"text_model={data}"], "no text tower in this folder"),
+        (["params", "--set", "backbone_weights=/nowhere/x.pth"], "no such file of backbone weights"),
+        (["params", "--train", "5", "--seed", "3"], "--train, --seed changes nothing"),
+    ):
+        code, _, err = command(capsys, *argv)
+        assert says in err and code == (0 if "--seed" in argv else 2)
+
+
+def test_a_test_split_of_drawn_scenes(trained, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("CLIP475_CACHE", str(trained / "cache"))
+    monkeypatch.chdir(tmp_path)
+    code, found, err = command(capsys, "prepare", "--train", "16", "--test", "4", *WAY)
+    assert code == 0 and [found[name]["images"] for name in ("train", "val", "test")] == [16, 10, 4], err
+    code, _, err = command(capsys, "prepare", "--train", "16", "--set", "test_images=null", *WAY)
+    assert code == 2 and "how many scenes" in err
+
+
+def test_a_relative_cache_folder_and_another_working_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CLIP475_CACHE", "cache")
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    code, _, err = command(capsys, "train", "--train", "16", "--run", tmp_path / "run", *WAY)
+    assert code == 0, err
+    monkeypatch.chdir(tmp_path / "two")
+    code, found, err = command(capsys, "search", "a boat", "--run", tmp_path / "run")
+    assert code == 0 and all(Path(item["file"]).is_file() for item in found["results"]), err
