@@ -242,7 +242,8 @@ def _embed_new(
         return 0
     index.embeddings = _known_elsewhere(file) | index.embeddings
     embedded, looked_at, written, stopped = 0, 0, monotonic(), False
-    bar = tqdm(total=len(new), desc="looking at new pictures", unit="", disable=not progress, leave=False)
+    quiet: dict[str, Any] = {} if progress else {"disable": True}  # else TQDM_DISABLE decides
+    bar = tqdm(total=len(new), desc="looking at new pictures", unit="picture", leave=False, **quiet)
     try:
         with bar, ThreadPoolExecutor(_THREADS) as pool, warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # of odd notes in pictures
