@@ -338,7 +338,8 @@ _THUMBNAIL, _MOST_ON_A_PAGE = 240, 200
 _STYLE = (
     ":root{color-scheme:light dark}"
     "body{background:Canvas;color:CanvasText;font:16px/1.45 system-ui,sans-serif;margin:1.5rem}"
-    f"ol{{display:grid;grid-template-columns:repeat(auto-fill,minmax({_THUMBNAIL}px,1fr));gap:1rem;padding:0}}"
+    f"ol{{display:grid;grid-template-columns:repeat(auto-fill,minmax({_THUMBNAIL}px,1fr));gap:1rem}}"
+    "ol{padding:0}"
     "li{list-style:none}img{max-width:100%;border-radius:4px}"
     "a,p,small{overflow-wrap:anywhere}small{display:block}"
 )
