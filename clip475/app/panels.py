@@ -22,7 +22,7 @@ import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
-from transformers import CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from ..core.config import LabConfig
 from ..core.figures import _HIT, _MISS, PALETTE, plot_bars, plot_gallery
@@ -45,7 +45,7 @@ class _Lab:
 
     model: DualEncoder
     config: LabConfig
-    tokenizer: CLIPTokenizer
+    tokenizer: PreTrainedTokenizerBase
     val: PreparedSplit
     index: SearchIndex
 

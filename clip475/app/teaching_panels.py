@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from transformers import CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from clip475.app.panels import (
     _bars_html,
@@ -51,7 +51,7 @@ _ROLES = (
 )
 
 
-def _token_rows(text: str, tokenizer: CLIPTokenizer, context_length: int = 77) -> pd.DataFrame:
+def _token_rows(text: str, tokenizer: PreTrainedTokenizerBase, context_length: int = 77) -> pd.DataFrame:
     "The tokens of one text without padding: position, token, id and role (a row of `_ROLES`)."
     tokens = tokenize([text], tokenizer, context_length, padding="longest")  # (1, L) each
     ids = tokens["input_ids"][0].tolist()
@@ -70,7 +70,9 @@ def _chip_html(position: int, token: str, number: int, role: int) -> str:
     )
 
 
-def _tokens_html(text: str, tokenizer: CLIPTokenizer, encoder: TextEncoder, context_length: int = 77) -> str:
+def _tokens_html(
+    text: str, tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder, context_length: int = 77
+) -> str:
     "The tokens of a text as chips, with what was cut off or never seen."
     rows = _token_rows(text, tokenizer, context_length)
     chips = "".join(_chip_html(*row) for row in rows.itertuples(index=False))
