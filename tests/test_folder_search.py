@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import EpsImagePlugin, Image
 from clip475.app import cli
 from clip475.core.config import LabConfig
 from clip475.core.files import LabError
+from clip475.data import pixels as pixels_module
 from clip475.data.pixels import load_image
 from clip475.models.joint import build_model, save_model
 from clip475.searching import folder as folder_module
@@ -118,6 +120,23 @@ def test_a_large_picture_is_found_among_small_ones(album, find):
     assert load_image(album / "large.jpg", 32).size == (1_000, 782)
     found = find(Image.new("RGB", (32, 32), (200, 30, 30)), album, k=2)
     assert {Path(p).name for p in found.paths} == {"large.png", "large.jpg"} and min(found.scores) > 0.99
+
+
+def test_of_large_pictures_one_is_decoded_at_a_time(album, find, monkeypatch):
+    "However many threads read: a picture of fifty megapixels takes hundreds of megabytes until it is small."
+    busy, most, real = [], [], pixels_module._shrink_large
+
+    def watch(image, size):
+        busy.append(image)
+        time.sleep(0.01)  # long enough for the other threads to come here, if they may
+        most.append(len(busy))
+        busy.pop()
+        return real(image, size)
+
+    monkeypatch.setattr(pixels_module, "_LARGE", 100)
+    monkeypatch.setattr(pixels_module, "_shrink_large", watch)
+    monkeypatch.setattr(folder_module, "_THREADS", 8)
+    assert find("a dog", album).embedded == 12 and most == [1] * 12
 
 
 # ── what goes wrong ──
