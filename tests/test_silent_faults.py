@@ -353,7 +353,9 @@ def test_a_run_without_a_record_says_that_its_pictures_are_drawn_again(run, caps
     assert code == 0 and "keeps no record of its split" in err
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"format": 2}', '{"format": 3, "splits": {}}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"format": 2}', '{"format": 2, "seed": 42, "asked": {}, "splits": {}, "bad": []}']
+)
 def test_a_record_that_is_damaged_is_refused(run, capsys, content):
     folder, data, _ = run
     (folder / "split.json").write_text(content)

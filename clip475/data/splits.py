@@ -340,6 +340,10 @@ def _splits_of_run(
     `LabError` if one is missing, or if names or captions have changed."""
     run = Path(run)
     parts = {name: part for name, part in _read_record(run).splits.items() if name in names}
+    if lacking := [name for name in names if name not in parts and name != "test"]:
+        raise LabError(
+            f"{run / _SPLIT_FILE}: it has no {lacking[0]} split; restore the file, or train a new run"
+        )
     way_out = "name the folder that has the run's data with --data DIR, or train a new run"
     return _all_as_recorded(pools, run / _SPLIT_FILE, parts, way_out)
 
