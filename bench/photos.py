@@ -22,7 +22,6 @@ import csv
 import hashlib
 import json
 import math
-import os
 import resource
 import shutil
 import sys
@@ -107,7 +106,7 @@ def make_data(args):
             rows += [(f"images/{link.name}", caption, split) for caption in everything[path]]
     with open(out / "captions.csv", "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
-        writer.writerows([("image", "caption", "split"), *rows])
+        writer.writerows([("file_name", "caption", "split"), *rows])
     print(json.dumps(counts))
 
 
@@ -142,6 +141,7 @@ def prepare(config, names):
 
 def device_name():
     import torch
+
     from clip475.app.report import _cpu_name
 
     if torch.cuda.is_available():
@@ -207,10 +207,9 @@ def train_arm(args):
 
 
 def measure_run(args):
+    import clip475
     from clip475.models.joint import load_model
     from clip475.training.steps import embed_images
-
-    import clip475
 
     if Path(args.run).is_dir():
         model, config = load_model(args.run)
@@ -228,10 +227,11 @@ def measure_run(args):
 def ship(args):
     "Train the head on all pictures of the folder, and write it in half precision."
     import torch
+    from safetensors import safe_open
+
     from clip475.core.config import LabConfig
     from clip475.core.files import save_tensors
     from clip475.training.runs import fit
-    from safetensors import safe_open
 
     config = LabConfig.from_preset("photos", data=args.folder, val_images=None, **settings(args.set))
     train, val = prepare(config, ("train", "val"))

@@ -1,4 +1,4 @@
-"Towers that are not the specification's: timm backbones, SigLIP and sentence encoders, weights from packages."
+"Towers other than the specification's: timm backbones, SigLIP, sentence encoders, weights from packages."
 
 import importlib.util
 import json
