@@ -64,7 +64,7 @@ $(BIN)/python:
 
 $(VENV)/.installed: $(INPUTS) | $(BIN)/python
 	@echo "installing the lab into $(VENV); torch is large, so the first time takes a few minutes"
-	@$(PIP) -e .
+	@$(PIP) -e ".[photos]"
 	@$(BIN)/python tools/check_install.py
 	@touch $@
 

@@ -164,7 +164,9 @@ def add_result(file, name, result):
 
 
 def settings(pairs):
-    return {name: json.loads(value) if value[:1] in '-0123456789"[tfn' else value for name, value in pairs}
+    from clip475.app.cli import _setting
+
+    return dict(_setting(f"{name}={value}") for name, value in pairs)
 
 
 def train_arm(args):

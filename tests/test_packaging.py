@@ -126,7 +126,8 @@ def test_no_reason_without_a_requirement():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     tables = re.findall(r"^\| (?:package|tool) \| reason \|\n(.*?)\n(?!\|)", text, re.MULTILINE | re.DOTALL)
     given = {name for table in tables for name in re.findall(r"^\| `([^` ]+)` \|", table, re.MULTILINE)}
-    known = {r.name for key in ("requirements", "dev_requirements") for r in requirements(key)}
+    keys = ("requirements", "dev_requirements", "photos_requirements", "heic_requirements")
+    known = {r.name for key in keys for r in requirements(key)}
     assert len(tables) == 2 and given and given <= known
 
 

@@ -500,7 +500,7 @@ def test_a_random_backbone_where_a_checkpoint_follows(monkeypatch):
     def no_file(*args):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("clip475.models.joint._load_backbone_weights", no_file)
+    monkeypatch.setattr("clip475.models.backbones._torchvision_weights", no_file)
     model = build_model(
         TINY.replace(backbone="resnet18", backbone_weights="IMAGENET1K_V1"), backbone_weights=False
     )

@@ -131,7 +131,8 @@ def _source(name: str, revision: str | None) -> tuple[str, dict[str, str]]:
         return str(Path(name).expanduser()), {}
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise LabError(
-            f'text_model {name!r}: there is no such folder; name a folder, package:NAME, a hub model, or "builtin"'
+            f"text_model {name!r}: there is no such folder; "
+            'name a folder, package:NAME, a hub model, or "builtin"'
         )
     if not revision:
         raise LabError(

@@ -54,7 +54,7 @@ from .freezing import freeze
 
 # %% ../../nbs/lib/models/02_text.ipynb #d2966488
 class TextEncoder(nn.Module):
-    """A text tower, CLIP's with its projection or another: token ids (B, L) to unit vectors (B, D) in float32.
+    """A text tower, CLIP's or another: token ids (B, L) to unit vectors (B, D) in float32.
 
     `frozen=True` keeps it in evaluation mode whatever a parent's `train()` does, and builds no graph.
     `pretrained` notes whether the weights can be loaded again from where they came."""
@@ -155,7 +155,11 @@ def _declared(name: str, revision: str | None, file: str) -> Any:
 
 def _pooling_of(name: str, revision: str | None, place: str) -> str:
     about = _declared(name, revision, f"{place}/config.json") or {}
-    modes = {mode for mode in _POOLINGS if about.get(f"pooling_mode_{mode}_tokens") or about.get(f"pooling_mode_{mode}_token")}
+    modes = {
+        mode
+        for mode in _POOLINGS
+        if about.get(f"pooling_mode_{mode}_tokens") or about.get(f"pooling_mode_{mode}_token")
+    }
     named = about.get("pooling_mode")  # as newer versions write it
     modes |= {named} if isinstance(named, str) else set()
     if len(modes) != 1 or not modes <= _POOLINGS.keys():
@@ -202,7 +206,7 @@ def _sentence_tower(name: str, revision: str | None, text_model: Any, pretrained
     return _SentenceTower(text_model, pooling, nn.Sequential(*dense), width)
 
 # %% ../../nbs/lib/models/02_text.ipynb #68dabe08
-_SIGLIP_KINDS = {
+_SIGLIP_KINDS: dict[str, Any] = {
     "siglip": SiglipTextModel,
     "siglip_text_model": SiglipTextModel,
     "siglip2": Siglip2TextModel,
@@ -210,15 +214,19 @@ _SIGLIP_KINDS = {
 }
 
 
-def _network(cls: Any, name: str, revision: str | None, pretrained: bool, config_cls: Any, **more: Any) -> Any:
-    "A network of transformers in float32. Files of the kind .bin are read with weights_only=True: no code runs."
+def _network(
+    cls: Any, name: str, revision: str | None, pretrained: bool, config_cls: Any, **more: Any
+) -> Any:
+    "A network of transformers in float32. Files of the kind .bin run no code: weights_only=True."
     if not pretrained:
         shape = _load_pretrained(config_cls, name, revision, online=False, **more)
         build = cls if hasattr(cls, "forward") else cls.from_config
         return build(shape).float()
-    options = dict(dtype=torch.float32, weights_only=True, output_loading_info=True) | more
+    options: dict[str, Any] = dict(dtype=torch.float32, weights_only=True, output_loading_info=True) | more
     network, info = _load_pretrained(cls, name, revision, **options)
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # BERT's own, not read
+    missing = sorted(
+        key for key in info["missing_keys"] if not key.startswith("pooler.")
+    )  # BERT's own, not read
     if missing:
         raise _unfit(name, f"lacks the weights {missing[0]}")
     return network
@@ -307,8 +315,8 @@ def encode_texts(
     through here.
 
     Cleans the text, encodes equal captions once and trims each batch to its longest caption; what exceeds
-    `context_length` tokens (None: the tokenizer's own, 77 for CLIP) is cut off. `dtype=torch.bfloat16` multiplies matrices in it (cosine to float32
-    ≥ 0.999). Raises `LabError` without captions."""
+    `context_length` tokens (None: the tokenizer's own, 77 for CLIP) is cut off. `dtype=torch.bfloat16`
+    multiplies matrices in it (cosine to float32 ≥ 0.999). Raises `LabError` without captions."""
     captions = [captions] if isinstance(captions, str) else captions
     texts = _clean(captions, tokenizer)
     if not texts:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from ..core.config import LabConfig
 from ..core.devices import autocast, seed_everything
@@ -138,7 +138,7 @@ class _ExperimentData:
     split: CaptionSplit  # images and captions of the gallery
     group: np.ndarray  # (N,) the name from _NOVELTIES of each picture
     caption_novelty: list[set[str]]  # (M,) what is new in each caption
-    tokenizer: CLIPTokenizer
+    tokenizer: PreTrainedTokenizerBase
     train_tokens: list[torch.Tensor]  # token ids of the training captions
     text_cache: dict = field(default_factory=dict)  # embeddings by frozen text encoders
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 from ..core.config import LabConfig
 from ..core.devices import autocast, seed_everything
@@ -65,7 +65,7 @@ def _draw_all(scenes: Iterable[Scene], size: int) -> np.ndarray:
 
 
 def _scene_batch(
-    indices: Iterable[int], tokenizer: CLIPTokenizer, rng: random.Random, config: LabConfig
+    indices: Iterable[int], tokenizer: PreTrainedTokenizerBase, rng: random.Random, config: LabConfig
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     "New scenes: pixels (B, S, S, 3) uint8, and the tokens of one caption each, padded to the longest."
     scenes = [make_scene(config.seed, int(i)) for i in indices]
@@ -112,7 +112,7 @@ def _train_towers(config: LabConfig, steps: int, progress: bool = True) -> tuple
     return model, losses
 
 # %% ../../nbs/lib/studies/01_text_tower.ipynb #491b1834
-def _seen_tokens(config: LabConfig, scenes: int, tokenizer: CLIPTokenizer) -> torch.Tensor:
+def _seen_tokens(config: LabConfig, scenes: int, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     "Which token ids occur in the captions of the first `scenes` scenes, (49,408,) bool."
     texts = {c.text for i in range(scenes) for c in caption_scene(make_scene(config.seed, i))}
     lists = tokenizer([clean_text(text) for text in texts])["input_ids"]

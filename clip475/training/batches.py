@@ -78,7 +78,7 @@ class PreparedSplit:
 
 # %% ../../nbs/lib/training/04_batches.ipynb #25a604d9
 def _data_root(config: LabConfig, progress: bool = True) -> Path:
-    "The folder that `config.data` names: scenes (drawn if not there yet), a known dataset, or one of your own."
+    "The folder that `config.data` names: scenes (drawn if need be), a known dataset, or one of your own."
     if config.data == "scenes":
         return _prepare_scenes(config, progress)
     if config.data not in ("coco2014", "flickr8k"):
@@ -89,7 +89,7 @@ def _data_root(config: LabConfig, progress: bool = True) -> Path:
     fetch = "fetch it with: clip475 prepare --dataset coco2014, or "
     raise LabError(
         f"{root}: the data of this preset, {config.data}, are not there; "
-        f"{fetch if config.data == 'coco2014' else ''}name your own folder of captioned pictures with --data DIR"
+        f"{fetch if config.data == 'coco2014' else ''}name your own copy with --data DIR"
     )
 
 # %% ../../nbs/lib/training/04_batches.ipynb #c2fb9e2d

@@ -129,7 +129,7 @@ def _network_input(batch: torch.Tensor, config: LabConfig) -> torch.Tensor:
 
 
 def _embed_pixels(state: TrainState, pixels: torch.Tensor, config: LabConfig) -> torch.Tensor:
-    "Unit-norm embeddings (b, D) of uint8 pixels (b, S, S, 3) or features (b, width), in the run's arithmetic."
+    "Unit-norm embeddings (b, D) of uint8 pixels (b, S, S, 3) or features (b, width), as the run computes."
     with autocast(config, state.process_group.device):
         return state.encode(_network_input(pixels, config))
 
