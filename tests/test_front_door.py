@@ -204,7 +204,7 @@ def test_bad_images_get_one_sentence(model, images, sentence):
 
 @pytest.mark.parametrize("name", ["photos", "runs/none/at/all", ""])
 def test_a_name_that_is_nothing_says_what_load_takes(name):
-    with pytest.raises(LabError, match="no model ships with this version; load takes a run folder"):
+    with pytest.raises(LabError, match="the shipped models are 'photos'; load takes a run folder"):
         load(name)
 
 

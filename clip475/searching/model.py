@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import clip475
 from ..core.config import LabConfig
 from ..core.devices import autocast, pick_device
 from ..core.files import LabError, fingerprint
@@ -212,15 +213,14 @@ def similarity(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _unit32(a) @ _unit32(b).T
 
 # %% ../../nbs/lib/searching/02_model.ipynb #9fe8550d
-# name: a folder in the package, or a repository; filled by the models that ship
-_SHIPPED: dict[str, str] = {}
+# name: a folder in the package, or a repository
+_SHIPPED: dict[str, str] = {"photos": str(Path(clip475.__file__).parent / "photos_model")}
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _RUN_FILES = ("config.json", "model.safetensors")
 
 
 def _known_names() -> str:
-    names = ", ".join(map(repr, _SHIPPED))
-    return f"the shipped models are {names}" if names else "no model ships with this version"
+    return f"the shipped models are {', '.join(map(repr, _SHIPPED))}"
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
