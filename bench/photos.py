@@ -8,7 +8,7 @@ backbones, try other pictures, and make the head that ships.
     python bench/photos.py ship FOLDER --out DIR [--set FIELD=VALUE]
 
 `data` splits off 1,000 Flickr8k pictures for validation by a hash of their names, and, with `--coco`, adds
-COCO pictures: 300 are kept back for a test (`coco`), the photographs that come with the lab never train.
+COCO pictures: 300 are kept back for a test (`test`), the photographs that come with the lab never train.
 `arm` trains one of:
     head     ImageNet weights, frozen; the head on features computed once (the preset itself)
     tower    from the head's run: all but the five lowest blocks train too
@@ -54,46 +54,32 @@ def by_hash(names):
     return sorted(names, key=lambda name: hashlib.sha256(f"475 {name}".encode()).hexdigest())
 
 
-def flickr8k(root):
-    "File name → captions; a caption may hold a tab, so a line ends its name at the first one."
-    captions = defaultdict(list)
-    for line in (root / "Flickr8k.token.txt").read_text(encoding="utf-8").splitlines():
-        name, caption = line.split("\t", 1)
-        captions[name.split("#")[0]].append(" ".join(caption.split()))
-    folder = next(root / name for name in ("Images", "Flicker8k_Dataset") if (root / name).is_dir())
-    return {str(folder / name): captions[name] for name in sorted(captions) if (folder / name).is_file()}
+def captioned(root, without=()):
+    "File → captions of all pictures on disk, as the library reads them, but for the image ids `without`."
+    from clip475.data.layouts import _read_pools
 
-
-def coco(root):
-    "The same for the COCO pictures on disk, without the photographs that come with the lab."
-    import clip475
-
-    bundled = json.loads((Path(clip475.__file__).parent / "photos/captions.json").read_text(encoding="utf-8"))
-    ours = {image["id"] for image in bundled["images"]}
-    found = {}
-    for split in ("train2014", "val2014"):
-        data = json.loads((root / f"annotations/captions_{split}.json").read_text(encoding="utf-8"))
-        captions = defaultdict(list)
-        for annotation in data["annotations"]:
-            captions[annotation["image_id"]].append(" ".join(annotation["caption"].split()))
-        for image in data["images"]:
-            path = root / split / image["file_name"]
-            if image["id"] not in ours and path.is_file():
-                found[str(path)] = captions[image["id"]]
+    _, pools = _read_pools(root)
+    found = defaultdict(list)
+    for pool in pools.values():
+        for caption, row in zip(pool.captions, pool.caption_image, strict=True):
+            if pool.image_ids[row] not in without:
+                found[str(pool.image_paths[row])].append(caption)
     return found
 
 
 def make_data(args):
+    from clip475.data.photos import load_photos
+
     out = Path(args.folder)
     shutil.rmtree(out, ignore_errors=True)
     (out / "images").mkdir(parents=True)
     rows, counts = [], {}
-    flickr = flickr8k(Path(args.flickr8k).resolve())
+    flickr = captioned(Path(args.flickr8k).resolve())
     names = by_hash(flickr)
     parts = {"val": names[: args.val], "train": names[args.val :]}
     everything = dict(flickr)
     if args.coco:
-        more = coco(Path(args.coco).resolve())
+        more = captioned(Path(args.coco).resolve(), {photo.image_id for photo in load_photos()})
         everything |= more
         names = by_hash(more)
         parts["train"] = parts["train"] + names[300:]

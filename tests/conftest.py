@@ -15,3 +15,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def save_random_run():
+    "A function that writes a run folder of the preset tiny with random weights, single fields changed."
+    from clip475.core.config import LabConfig
+    from clip475.models.joint import build_model, save_model
+
+    def save(folder, **changes):
+        config = LabConfig.from_preset("tiny", **changes)
+        torch.manual_seed(475)
+        return save_model(build_model(config), config, folder)
+
+    return save

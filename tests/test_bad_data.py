@@ -684,7 +684,7 @@ def test_packing_twice_reads_the_first_and_writes_nothing(tmp_path, monkeypatch)
     pictures = tree(tmp_path / "coco")
     pack_images(split, 32, tmp_path / "cache", progress=False)
     cache = tree(tmp_path / "cache")
-    monkeypatch.setattr("clip475.data.images.load_image", None)
+    monkeypatch.setattr("clip475.data.images._read_square", None)
     assert len(pack_images(split, 32, tmp_path / "cache", progress=False)) == 4
     assert tree(tmp_path / "cache") == cache and len(cache) == 2 and tree(tmp_path / "coco") == pictures
 
@@ -760,12 +760,12 @@ def test_a_spoiled_cache_is_packed_anew(tmp_path, harm):
 def test_an_interrupted_packing_leaves_nothing(tmp_path, monkeypatch):
     split = load_split(write_folder(tmp_path / "coco", coco_data(range(1, 30))), "val")
 
-    def interrupt(path, least=None):
+    def interrupt(path, size):
         if path == split.image_paths[20]:
             raise KeyboardInterrupt
-        return Image.new("RGB", (4, 4))
+        return np.zeros((size, size, 3), np.uint8)
 
-    monkeypatch.setattr("clip475.data.images.load_image", interrupt)
+    monkeypatch.setattr("clip475.data.images._read_square", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pack_images(split, 32, tmp_path / "cache", progress=False)
     assert list((tmp_path / "cache").iterdir()) == []

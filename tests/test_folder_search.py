@@ -17,11 +17,9 @@ import torch
 from PIL import EpsImagePlugin, Image
 
 from clip475.app import cli
-from clip475.core.config import LabConfig
 from clip475.core.files import LabError
 from clip475.data import pixels as pixels_module
 from clip475.data.pixels import load_image
-from clip475.models.joint import build_model, save_model
 from clip475.searching import folder as folder_module
 from clip475.searching.folder import _index_file, _pictures_in, search
 from clip475.searching.model import load
@@ -31,13 +29,9 @@ ESCAPE = "red\x1b[31m\u202e<b>&.png"  # a terminal would turn red, a browser bol
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, save_random_run):
     "A run folder with random weights, for pictures of 32 pixels."
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    config = LabConfig.from_preset("tiny", image_size=32)
-    torch.manual_seed(475)
-    save_model(build_model(config), config, folder)
-    return folder
+    return save_random_run(tmp_path_factory.mktemp("runs") / "run", image_size=32)
 
 
 @pytest.fixture(scope="module")

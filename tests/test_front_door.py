@@ -31,13 +31,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, save_random_run):
     "A run folder with random weights."
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    config = LabConfig.from_preset("tiny")
-    torch.manual_seed(475)
-    save_model(build_model(config), config, folder)
-    return folder
+    return save_random_run(tmp_path_factory.mktemp("runs") / "run")
 
 
 @pytest.fixture(scope="module")

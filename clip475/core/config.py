@@ -140,6 +140,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # %% ../../nbs/lib/core/03_config.ipynb #6ce36cc7
+_FOLLOWS: dict[str, tuple[set[str], Callable[[str], dict[str, Any]]]] = {  # from the choice of a tower
+    "backbone": ({"image_size", "image_mean", "image_std"}, _backbone_settings),
+    "text_model": ({"embedding_dim", "context_length"}, _text_settings),
+}
+
+
 @dataclass(frozen=True)
 class LabConfig:
     """All choices of one run: `from_preset` starts from a named set, `replace` changes single fields.
@@ -273,10 +279,10 @@ class LabConfig:
         for name in changes:
             _check_choice("field", name, [field.name for field in dataclasses.fields(self)])
         follows: dict[str, Any] = {}
-        if changes.get("backbone", self.backbone) != self.backbone:
-            follows |= _backbone_settings(str(changes["backbone"]))
-        if changes.get("text_model", self.text_model) != self.text_model:
-            follows |= _text_settings(str(changes["text_model"]))
+        for tower, (fields, settings_of) in _FOLLOWS.items():
+            another = changes.get(tower, getattr(self, tower)) != getattr(self, tower)
+            if another and not fields <= changes.keys():
+                follows |= settings_of(str(changes[tower]))
         return dataclasses.replace(self, **{**follows, **changes})
 
     def to_dict(self) -> dict[str, Any]:

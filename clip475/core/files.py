@@ -83,6 +83,11 @@ def read_json(path: _AnyPath) -> Any:
     raise LabError(f"{path}: this is not JSON ({problem}); correct the file or fetch it again")
 
 # %% ../../nbs/lib/core/01_files.ipynb #2f537262
+def _file_stamp(about: os.stat_result) -> tuple[int, int, int, int]:
+    "Bytes, times of the last write and of the last change (ns), inode: while they stay, a file is unchanged."
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino
+
+
 def _flush_to_disk(file: _AnyPath) -> None:
     "Wait until the disk has `file`. Else, after a power failure, the new name could point to an empty file."
     with open(file, "rb+") as f:

@@ -159,6 +159,18 @@ def _dense_width(folder: Path) -> int | None:
     return widths[-1] if widths else None
 
 
+def _text_config(about: dict[str, Any]) -> dict[str, Any]:
+    "The part of a config.json that is about the text tower."
+    text = about.get("text_config") or about
+    return text if isinstance(text, dict) else {}
+
+
+def _declared_lengths(about: dict[str, Any], sentence: dict[str, Any]) -> list[int]:
+    "The tokens that a text tower reads, as its config.json and its sentence_bert_config.json say."
+    found = (_text_config(about).get("max_position_embeddings"), sentence.get("max_seq_length"))
+    return [length for length in found if isinstance(length, int)]
+
+
 def _text_settings(text_model: str) -> dict[str, Any]:
     """Width and length of the text tower in a folder or package, from its JSON files; of another, nothing.
 
@@ -168,19 +180,13 @@ def _text_settings(text_model: str) -> dict[str, Any]:
     else:
         folder = Path(text_model).expanduser()
     about = _json_object(folder / "config.json")
-    text = about.get("text_config") or about
-    if not isinstance(text, dict):
-        return {}
+    text = _text_config(about)
     kind = str(text.get("model_type", about.get("model_type", "")))
     width = text.get("projection_dim" if "clip" in kind else "hidden_size")
     if "clip" in kind:
         width = about.get("projection_dim", width)
     elif "siglip" in kind:
         width = text.get("projection_size", width)
-    most = (
-        text.get("max_position_embeddings"),
-        _json_object(folder / "sentence_bert_config.json").get("max_seq_length"),
-    )
-    lengths = [length for length in most if isinstance(length, int)]
+    lengths = _declared_lengths(about, _json_object(folder / "sentence_bert_config.json"))
     settings = {"embedding_dim": _dense_width(folder) or width, "context_length": min([77, *lengths])}
     return {name: value for name, value in settings.items() if lengths and isinstance(value, int)}

@@ -25,14 +25,9 @@ from PIL import __version__ as pillow_version
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..core.files import LabError, cache_dir, fingerprint, read_json, write_json
+from ..core.files import LabError, _file_stamp, cache_dir, fingerprint, read_json, write_json
 from .captions import CaptionSplit, _names_below
-from .pixels import _BadImage, load_image, resize_square
-
-# %% ../../nbs/lib/data/08_images.ipynb #b484a610
-def _read_square(path: Path, size: int) -> np.ndarray:
-    "The image in `path` as the network sees it, (S, S, 3) uint8: decoded, then squashed to a square."
-    return resize_square(load_image(path, size), size)
+from .pixels import _BadImage, _read_square
 
 # %% ../../nbs/lib/data/08_images.ipynb #2d56597f
 _TRANSFORM = (
@@ -48,8 +43,7 @@ def _stamps(split: CaptionSplit) -> list[_Stamp]:
     stamps, bad = [], []
     for id, path in zip(split.image_ids.tolist(), split.image_paths):
         try:
-            status = path.stat()
-            stamps.append([status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino])
+            stamps.append([*_file_stamp(path.stat())])
         except FileNotFoundError:
             bad.append((id, path, "there is no such file"))
         except OSError as error:

@@ -33,7 +33,7 @@ from transformers.utils import cached_file
 from ..core.config import LabConfig
 from ..core.figures import PALETTE, _wrap
 from ..core.files import LabError, _check_choice, write_text
-from ..core.weights import _is_package, _json_object, _package_place
+from ..core.weights import _declared_lengths, _is_package, _json_object, _package_place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -250,12 +250,9 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _tower_length(name: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> int:
     "The most tokens that the tower reads: what its own files say."
-    lengths = [tokenizer.model_max_length]
-    for file in ("sentence_bert_config.json", "config.json"):
-        about = _json_object(_tower_file(name, revision, file) or Path())
-        about = about.get("text_config") or about
-        lengths += [about.get("max_seq_length"), about.get("max_position_embeddings")]
-    return min(length for length in lengths if isinstance(length, int))
+    files = (_tower_file(name, revision, file) for file in ("config.json", "sentence_bert_config.json"))
+    about, sentence = (_json_object(file) if file else {} for file in files)
+    return min([tokenizer.model_max_length, *_declared_lengths(about, sentence)])
 
 
 def load_tokenizer(name: str = "builtin", revision: str | None = None) -> PreTrainedTokenizerBase:

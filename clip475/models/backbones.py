@@ -188,7 +188,9 @@ def _pretrained_timm_backbone(
             f"{problem}; a timm network takes a file (.safetensors, .pth), package:NAME, "
             "hub:owner/name@commit, or null for random ones"
         )
-    state = _named_in_order(_timm().create_model(_timm_name(name)), state)
+    with torch.device("meta"):  # names and shapes are enough
+        with_classifier = _timm().create_model(_timm_name(name))
+    state = _named_in_order(with_classifier, state)
     try:
         return _timm_backbone(name, image_size, state)
     except RuntimeError as e:

@@ -335,7 +335,7 @@ def save_model(model: DualEncoder, config: LabConfig, folder: PathLike | str) ->
         "text_fingerprint": _weights_fingerprint(model.text_encoder.tower),
         "text_frozen": json.dumps(model.text_encoder.frozen),
         "text_saved": json.dumps(saved[_TEXT]),
-        "backbone_fingerprint": _weights_fingerprint(model.image_encoder.backbone),
+        "backbone_fingerprint": str(model.image_encoder.original_fingerprint),  # of what it began with
         "backbone_saved": json.dumps(saved[_BACKBONE]),
     }
     save_tensors(Path(folder) / "model.safetensors", state, metadata)

@@ -20,7 +20,7 @@ from .backbones import _blocks, _stages
 from .freezing import _is_frozen
 from .joint import DualEncoder, parameter_summary
 from .tables import _model_parts, _parameters_of, _Part
-from .text import TextEncoder, _weights_fingerprint
+from .text import _text_projection, _weights_fingerprint
 
 # %% ../../nbs/lib/models/06_policies.ipynb #50e9a4cb
 POLICIES = {
@@ -52,15 +52,6 @@ def _last_blocks(backbone: nn.Module, n: int | None) -> list[nn.Module]:
     return [*blocks[-n:], *top]
 
 
-def _text_projection(text: TextEncoder) -> nn.Module:
-    projection = getattr(text.tower, "text_projection", None)
-    if projection is None or next(projection.parameters(), None) is None:
-        raise LabError(
-            "policy text-projection: this text tower has no last matrix of its own; choose another"
-        )
-    return projection
-
-
 def _modules_that_train(model: DualEncoder, name: str, n: int | None) -> list[nn.Module]:
     "The modules that train under the policy `name`; `n` counts for last-n alone."
     _check_choice("policy", name, list(POLICIES))
@@ -68,7 +59,12 @@ def _modules_that_train(model: DualEncoder, name: str, n: int | None) -> list[nn
     if name == "last-n":
         return [image.head, *_last_blocks(image.backbone, n)]
     if name == "text-projection":
-        return [image, _text_projection(text)]
+        projection = _text_projection(text.tower)
+        if projection is None:
+            raise LabError(
+                "policy text-projection: this text tower has no last matrix of its own; choose another"
+            )
+        return [image, projection]
     choices: dict[str, list[nn.Module]] = {
         "spec": [image],
         "locked-image": [text],

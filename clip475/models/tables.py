@@ -22,6 +22,7 @@ from transformers import CLIPTextModelWithProjection
 from ..core.figures import PALETTE
 from .backbones import _Part, _stages
 from .joint import _SCALARS, DualEncoder, _status, parameter_summary
+from .text import _text_projection
 
 # %% ../../nbs/lib/models/05_tables.ipynb #15dfb032
 def _model_parts(model: DualEncoder) -> dict[str, list[_Part]]:
@@ -32,8 +33,8 @@ def _model_parts(model: DualEncoder) -> dict[str, list[_Part]]:
     }
     parts["projection head"] = [model.image_encoder.head]
     parts["text transformer"] = [tower.text_model]
-    projection = getattr(tower, "text_projection", None)
-    if projection is not None and any(True for _ in projection.parameters()):
+    projection = _text_projection(tower)
+    if projection is not None:
         parts["text projection"] = [projection]
     return parts | _scalar_parts(model)
 

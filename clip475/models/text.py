@@ -206,6 +206,13 @@ def _sentence_tower(name: str, revision: str | None, text_model: Any, pretrained
     return _SentenceTower(text_model, pooling, nn.Sequential(*dense), width)
 
 # %% ../../nbs/lib/models/02_text.ipynb #68dabe08
+def _text_projection(tower: Any) -> nn.Module | None:
+    "The last layers of a text tower, from its own width to the shared one; None where it has none."
+    projection = getattr(tower, "text_projection", None)
+    has_weights = projection is not None and any(True for _ in projection.parameters())
+    return projection if has_weights else None
+
+
 _SIGLIP_KINDS: dict[str, Any] = {
     "siglip": SiglipTextModel,
     "siglip_text_model": SiglipTextModel,

@@ -32,7 +32,15 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from ..core.figures import plot_gallery
-from ..core.files import LabError, _visible, cache_dir, fingerprint, save_tensors, write_text
+from clip475.core.files import (
+    LabError,
+    _file_stamp,
+    _visible,
+    cache_dir,
+    fingerprint,
+    save_tensors,
+    write_text,
+)
 from ..data.pixels import _BadImage, _read_square, load_image
 from ..evaluation.retrieval import _check_k, top_k
 from .index import _as_texts, _combine, _Found, _picture_of
@@ -40,11 +48,7 @@ from .model import ImageTextModel, _loaded_model, _ModelOrName
 
 # %% ../../nbs/lib/searching/03_folder.ipynb #77486911
 _ENDINGS = tuple(".jpg .jpeg .jfif .png .webp .gif .bmp .tif .tiff .heic .heif .avif".split())
-_Stamp = tuple[int, int, int, int]  # bytes, times of the last write and of the last change (ns), inode
-
-
-def _stamp(about: os.stat_result) -> _Stamp:
-    return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino
+_Stamp = tuple[int, int, int, int]  # of _file_stamp
 
 
 def _is_picture_name(name: str) -> bool:
@@ -73,7 +77,7 @@ def _pictures_in(folder: Path) -> tuple[dict[str, _Stamp], dict[str, str]]:
                 refused(error)
                 continue
             if stat.S_ISREG(about.st_mode):
-                found[path.removeprefix(top)] = _stamp(about)
+                found[path.removeprefix(top)] = _file_stamp(about)
             else:
                 unread[path.removeprefix(top)] = "it is no plain file"
     return dict(sorted(found.items())), unread
@@ -162,7 +166,7 @@ def _read_picture(path: Path, stamp: _Stamp, size: int, known: Collection[str]) 
         with open(path, "rb") as f:
             digest = hashlib.file_digest(f, "sha256").hexdigest()[:32]
             pixels = None if digest in known else torch.from_numpy(_read_square(path, size, f))
-            unchanged = _stamp(os.fstat(f.fileno())) == stamp
+            unchanged = _file_stamp(os.fstat(f.fileno())) == stamp
     except OSError as error:
         raise _BadImage(path, str(error.strerror), lasting=False) from None
     if not unchanged:

@@ -23,8 +23,8 @@ import clip475
 from ..core.config import LabConfig
 from ..core.devices import autocast, pick_device
 from ..core.files import LabError, fingerprint
-from ..data.images import _TRANSFORM, _read_square
-from ..data.pixels import normalize, resize_square
+from ..data.images import _TRANSFORM
+from ..data.pixels import _read_square, normalize, resize_square
 from ..data.tokens import _one_line, load_tokenizer
 from ..evaluation.ranks import _comparable, _unit32
 from ..evaluation.zeroshot import TEMPLATES, _zero_shot

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..core.config import LabConfig
 from ..core.devices import autocast_dtype
 from ..core.files import LabError, cache_dir, fingerprint, save_tensors
-from ..data.pixels import augment
+from ..data.pixels import _kinds, augment
 from ..models.freezing import _is_frozen
 from ..models.joint import DualEncoder
 from ..models.text import _weights_fingerprint
@@ -30,8 +30,8 @@ _PORTION = 256  # pictures at a time
 
 
 def _view_count(config: LabConfig, train: bool) -> int:
-    kinds = set(config.augment.split("+")) if train else {"none"}
-    if kinds <= {"none", "flip"}:
+    kinds = _kinds(config.augment) if train else set()
+    if kinds <= {"flip"}:
         return 1 + ("flip" in kinds)
     return _RANDOM_VIEWS
 
