@@ -32,9 +32,11 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/clip475 demo $(ARGS)
 
+# Notebooks and tests write into one temporary folder, which goes away with them.
 test: dev lint
-	$(BIN)/nbdev_test --n_workers 2 --path nbs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/browser --numprocesses 2 --dist loadfile $(ARGS)
+	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && export TMPDIR="$$tmp" && set -x \
+	&& $(BIN)/nbdev_test --n_workers 2 --path nbs \
+	&& OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/browser --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: dev
 	$(BIN)/ruff check --quiet nbs clip475 tests bench tools

@@ -7,7 +7,7 @@ __all__ = ['info_nce', 'multi_positive_info_nce', 'siglip_loss', 'batch_loss']
 
 # %% ../../nbs/lib/training/01_loss.ipynb #b8a076aa
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -154,9 +154,16 @@ def _same_image(image_ids: _Ids, text_image_ids: _Ids, logits: torch.Tensor) -> 
 def _mean_over_positives(
     logits: torch.Tensor, positives: torch.Tensor, label_smoothing: float
 ) -> torch.Tensor:
+    "`positives` (N, M): booleans, or weights of at least 0."
     log_p = logits.log_softmax(1)  # (N, M)
-    right = log_p.masked_fill(~positives, 0).sum(1) / positives.sum(1)  # (N,)
+    right = (log_p * positives).sum(1) / positives.sum(1)  # (N,)
     return -((1 - label_smoothing) * right + label_smoothing * log_p.mean(1)).mean()
+
+
+def _both_directions(logits: torch.Tensor, positives: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    image_to_text = _mean_over_positives(logits, positives, label_smoothing)
+    text_to_image = _mean_over_positives(logits.T, positives.T, label_smoothing)
+    return (image_to_text + text_to_image) / 2
 
 
 def multi_positive_info_nce(
@@ -178,11 +185,24 @@ def multi_positive_info_nce(
     _check_sides(image_embeddings, text_embeddings)
     logits = _scaled_cosines(image_embeddings, text_embeddings, logit_scale)  # (N, M)
     same = _same_image(image_ids, text_image_ids, logits)
-    image_to_text = _mean_over_positives(logits, same, label_smoothing)
-    text_to_image = _mean_over_positives(logits.T, same.T, label_smoothing)
-    return (image_to_text + text_to_image) / 2
+    return _both_directions(logits, same, label_smoothing)
 
 # %% ../../nbs/lib/training/01_loss.ipynb #da6d8e8a
+def _sigmoid_logits(
+    image_embeddings: torch.Tensor,
+    text_embeddings: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    logit_bias: torch.Tensor | float | None,
+) -> torch.Tensor:
+    if logit_bias is None:
+        raise LabError(
+            "the sigmoid loss needs a logit_bias; "
+            'build the model with loss="siglip", or give a number, -10 at the start'
+        )
+    _check_sides(image_embeddings, text_embeddings)
+    return _scaled_cosines(image_embeddings, text_embeddings, logit_scale) + logit_bias  # (N, M)
+
+
 def siglip_loss(
     image_embeddings: torch.Tensor,
     text_embeddings: torch.Tensor,
@@ -198,13 +218,7 @@ def siglip_loss(
     i to row i, or equal ids where `image_ids` (N,) are given; `text_image_ids` (M,) default to them), −
     elsewhere. `logit_bias` starts at −10 and `logit_scale` at ln 10; without a bias, raises `LabError`.
     Source: Zhai et al. 2023, arXiv 2303.15343, section 3.2, Algorithm 1."""
-    if logit_bias is None:
-        raise LabError(
-            "the sigmoid loss needs a logit_bias; "
-            'build the model with loss="siglip", or give a number, -10 at the start'
-        )
-    _check_sides(image_embeddings, text_embeddings)
-    logits = _scaled_cosines(image_embeddings, text_embeddings, logit_scale) + logit_bias  # (N, M)
+    logits = _sigmoid_logits(image_embeddings, text_embeddings, logit_scale, logit_bias)  # (N, M)
     rows = range(len(logits)) if image_ids is None else image_ids
     columns = rows if text_image_ids is None else text_image_ids
     same = _same_image(rows, columns, logits)
@@ -238,6 +252,26 @@ def _check_row_by_row(image_ids: _Ids, text_image_ids: _Ids | None) -> None:
         )
 
 # %% ../../nbs/lib/training/01_loss.ipynb #87d81688
+def _blended_loss(
+    config: LabConfig,
+    image_embeddings: torch.Tensor,
+    text_embeddings: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    image_ids: _Ids,
+    text_image_ids: _Ids,
+    logit_bias: torch.Tensor | float | None,
+    blend: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    "`batch_loss` with shares in place of right and wrong; InfoNCE counts all captions of an image as right."
+    pair = image_embeddings, text_embeddings, logit_scale
+    sigmoid = config.loss == "siglip"
+    logits = _sigmoid_logits(*pair, logit_bias) if sigmoid else _scaled_cosines(*pair)  # (N, M)
+    shares = blend(_same_image(image_ids, text_image_ids, logits).to(logits.dtype))  # (N, M)
+    if sigmoid:
+        return F.binary_cross_entropy_with_logits(logits, shares, reduction="sum") / len(logits)
+    return _both_directions(logits, shares, config.label_smoothing)
+
+
 def batch_loss(
     config: LabConfig,
     image_embeddings: torch.Tensor,
@@ -246,14 +280,19 @@ def batch_loss(
     image_ids: Sequence[int] | torch.Tensor,
     text_image_ids: Sequence[int] | torch.Tensor | None = None,
     logit_bias: torch.Tensor | float | None = None,
+    blend: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The loss that `config.loss` names, smoothed by `config.label_smoothing`, a scalar.
 
     Images (N, D) and captions (M, D) of unit norm, with `image_ids` (N,) and `text_image_ids` (M,); without
-    the latter, caption i belongs to image i. Raises `LabError` where the options do not go together."""
+    the latter, caption i belongs to image i. `blend`, for images that are blended, makes of the matrix of
+    right pairs, ones and zeros (N, M), the share of each caption in each image. Raises `LabError` where the
+    options do not go together."""
     _check_loss(config)
     pair = image_embeddings, text_embeddings, logit_scale
     caption_ids = image_ids if text_image_ids is None else text_image_ids
+    if blend is not None:
+        return _blended_loss(config, *pair, image_ids, caption_ids, logit_bias, blend)
     if config.loss == "siglip":
         return siglip_loss(*pair, logit_bias, image_ids, caption_ids)
     if config.loss == "multi-positive":

@@ -173,22 +173,23 @@ def _clip_gradients(state: TrainState, config: LabConfig) -> torch.Tensor:
 
 # %% ../../nbs/lib/training/05_steps.ipynb #c5dc1bd8
 class _Mixture(NamedTuple):
-    "How the images of a step are blended: the share of the image itself, and the row of the other one."
+    "How the images of a step are blended: the share of each image itself, and the row of its other one."
 
-    share: float
+    share: torch.Tensor  # (b,)
     other: torch.Tensor  # (b,)
 
     def blend(self, images: torch.Tensor) -> torch.Tensor:
         "uint8 pixels (b, S, S, 3) or features (b, width), blended."
-        mixed = self.share * images.float() + (1 - self.share) * images[self.other].float()
+        share = self.share.to(images.device).view(-1, *[1] * (images.ndim - 1))
+        mixed = share * images.float() + (1 - share) * images[self.other].float()
         return mixed.round().to(images.dtype) if images.dtype == torch.uint8 else mixed.to(images.dtype)
 
-    def loss(self, loss_of: Callable[[torch.Tensor], torch.Tensor], embeddings: torch.Tensor) -> torch.Tensor:
-        "The blended loss of embeddings (B, D), of one process or, b rows after b rows, of several."
-        b = len(self.other)
-        other = torch.cat([self.other + start for start in range(0, len(embeddings), b)])
-        second = embeddings[other.argsort().to(embeddings.device)]  # row other[i] now holds row i
-        return self.share * loss_of(embeddings) + (1 - self.share) * loss_of(second)
+    def targets(self, right: torch.Tensor) -> torch.Tensor:
+        "Shares (B, M) of captions in blended images; `right` (B, M): ones where a caption is of an image."
+        b = len(self.other)  # images of one process; with several, b rows follow b rows
+        other = torch.cat([self.other + start for start in range(0, len(right), b)])
+        share = self.share.to(right).repeat(len(right) // b)[:, None]
+        return share * right + (1 - share) * right[other.to(right.device)]
 
 
 def _mixture(config: LabConfig, step: int, images: int) -> _Mixture | None:
@@ -196,8 +197,9 @@ def _mixture(config: LabConfig, step: int, images: int) -> _Mixture | None:
     if not config.mixup:
         return None
     rng = np.random.default_rng(int(fingerprint("mixup", config.seed, step), 16))
-    share = rng.beta(config.mixup, config.mixup)
-    return _Mixture(max(share, 1 - share), torch.from_numpy(rng.permutation(images)))
+    share = rng.beta(config.mixup, config.mixup, images).astype(np.float32)
+    larger = np.maximum(share, 1 - share)  # the image itself has the larger share
+    return _Mixture(torch.from_numpy(larger), torch.from_numpy(rng.permutation(images)))
 
 # %% ../../nbs/lib/training/05_steps.ipynb #8c21b5f7
 def train_step(
@@ -223,13 +225,10 @@ def train_step(
 
     mixture = _mixture(config, state.step, len(pixels))
 
-    def loss_of_rows(images: torch.Tensor) -> torch.Tensor:
-        scale, bias = model.logit_scale, model.logit_bias
-        return batch_loss(config, images, texts, scale, image_ids, text_image_ids, bias)
-
     def loss_of(embeddings: torch.Tensor) -> torch.Tensor:
         images = _gather_rows(embeddings, state.process_group)  # (B, D)
-        return mixture.loss(loss_of_rows, images) if mixture else loss_of_rows(images)
+        scale, bias, blend = model.logit_scale, model.logit_bias, mixture.targets if mixture else None
+        return batch_loss(config, images, texts, scale, image_ids, text_image_ids, bias, blend)
 
     pixels = pixels.to(device, non_blocking=True)
     loss = _backward(state, mixture.blend(pixels) if mixture else pixels, loss_of, config)
