@@ -21,7 +21,6 @@ import argparse
 import csv
 import hashlib
 import json
-import math
 import resource
 import shutil
 import sys
@@ -50,8 +49,8 @@ ARMS = {
 }
 
 
-def by_hash(names):
-    return sorted(names, key=lambda name: hashlib.sha256(f"475 {name}".encode()).hexdigest())
+def by_hash(paths):
+    return sorted(paths, key=lambda path: hashlib.sha256(f"475 {Path(path).name}".encode()).hexdigest())
 
 
 def captioned(root, without=()):
@@ -96,11 +95,12 @@ def make_data(args):
     print(json.dumps(counts))
 
 
-def wilson(share, n, z=1.96):
+def wilson(share, n):
     "The 95 % interval of a share among n (Wilson 1927), in percent."
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return [round(100 * (centre - half), 1), round(100 * (centre + half), 1)]
+    from scipy.stats import binomtest
+
+    interval = binomtest(round(share * n), n).proportion_ci(method="wilson")
+    return [round(100 * interval.low, 1), round(100 * interval.high, 1)]
 
 
 def measure(embeddings, val):

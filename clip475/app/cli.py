@@ -266,11 +266,44 @@ def _run_lab(config: LabConfig, run: str | Path | None, **options: Any) -> Any:
         raise KeyboardInterrupt(f"stopped; nothing is half-written; {_how_to_resume(folder)}") from None
 
 
+_PHOTO_QUERIES = ("a person on a skateboard", "a kitchen", "people in the snow")
+
+
+def _search_photographs() -> tuple[list[dict[str, Any]], str]:
+    "What three searches find among the photographs of the package, as plain data and in lines."
+    from clip475.data.photos import load_photos
+    from clip475.searching.folder import search
+    from clip475.searching.model import load
+
+    photos = {str(photo.path): photo for photo in load_photos()}
+    try:
+        model = load("photos")
+    except LabError as error:
+        return [], f"photographs are not searched: {error}\n"
+    folder = Path(next(iter(photos))).parent
+    searches = [search(query, folder, 3, model) for query in _PHOTO_QUERIES]
+    lines = [f"{len(photos)} photographs that come with the lab, searched with the model “photos”:"]
+    for found in searches:
+        lines.append(f"“{found.label}” finds:")
+        for item in found:
+            text = _visible(photos[item["image_path"]].captions[0])
+            lines.append(f"{item['rank']}. {item['score']:.3f}  {Path(item['image_path']).name}  {text}")
+        lines.append(f"page: {_page_of(found, None)}")
+    return [found.facts() for found in searches], "\n".join([*lines, ""])
+
+
 def _demo(args: argparse.Namespace) -> tuple[Any, str | None]:
-    results = _run_lab(_config_of(args), args.run, query="a red boat", name="demo")
+    config = _config_of(args)
+    photographs = []
+    if int(os.environ.get("RANK", 0)) == 0:
+        photographs, lines = _search_photographs()
+        if not args.json:
+            _write(f"{lines}\nNow a model of your own, on drawn scenes:")
+    results = _run_lab(config, args.run, query="a red boat", name="demo")
     if results is None:  # another process of torchrun reports
         return None, None
-    return results, f"{_summary(results)}\n\n{_listing(results['search'])}"
+    text = f"{_summary(results)}\n\n{_listing(results['search'])}"
+    return results | {"photographs": photographs}, text
 
 
 def _train(args: argparse.Namespace) -> tuple[Any, str | None]:
