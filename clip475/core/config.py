@@ -188,13 +188,19 @@ class LabConfig:
     head_norm: str = _field(
         "none", _choice("none", "batch", "layer"), "normalisation of the features before the head"
     )
-    head_dropout: float = _field(0.0, _number(0, 0.999), "dropout before each of the head's two layers")
+    head_dropout: float = _field(0.0, _number(0, 0.999), "dropout before each of the head's layers")
+    head_layers: int = _field(2, _integer(1), "linear layers of the projection head, with GELU between them")
     embedding_dim: int = _field(512, _integer(1), "D, the width of the shared space")
     batch_size: int = _field(128, _integer(2), "pairs per step; every image meets batch_size - 1 negatives")
     epochs: int = _field(5, _integer(1), "passes over the training images")
-    learning_rate: float = _field(1e-3, _positive(), "peak of warm-up and cosine")
+    learning_rate: float = _field(1e-3, _positive(), "its peak, at the end of the warm-up")
     weight_decay: float = _field(0.05, _number(0), "AdamW; never on norms, biases and the logit scale")
     warmup: float = _field(0.1, _number(0, 1), "share of all steps spent warming up")
+    schedule: str = _field(
+        "cosine",
+        _choice("cosine", "linear", "constant"),
+        "how the learning rate falls after the warm-up: half a cosine or a line to zero, or not at all",
+    )
     init_temperature: float = _field(0.07, _positive(), "τ at the start; logit scale = ln(1/τ)")
     max_logit_scale: float = _field(100.0, _number(1), "1/τ is clamped here, as in CLIP")
     precision: str = _field("auto", _choice("auto", "fp32", "bf16", "fp16"), "arithmetic of the forward pass")
@@ -235,6 +241,11 @@ class LabConfig:
     )
     captions_per_image: int = _field(
         1, _integer(1), "captions of each image in a step; more than 1 goes with multi-positive"
+    )
+    caption_choice: str = _field(
+        "random",
+        _choice("random", "first"),
+        "the captions of a step: drawn anew in every epoch, or always the first ones",
     )
     micro_batch: int | None = _field(
         None, _optional(_integer(1)), "images in memory at a time (gradient caching); None: the whole batch"

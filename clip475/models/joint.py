@@ -27,22 +27,23 @@ from .text import TextEncoder, _weights_fingerprint, load_text_encoder
 
 # %% ../../nbs/lib/models/04_joint.ipynb #0da1412a
 def projection_head(
-    width: int, hidden: int, dim: int, norm: str = "none", dropout: float = 0.0
+    width: int, hidden: int, dim: int, norm: str = "none", dropout: float = 0.0, layers: int = 2
 ) -> nn.Sequential:
     """The two-layer head of the specification, features (B, width) to (B, dim): linear, GELU, linear.
 
-    `norm`: “batch” or “layer” normalises the features first. `dropout`: probability before each of the two
-    linear layers (Srivastava et al. 2014)."""
-    layers: dict[str, list[nn.Module]] = {
+    `norm`: “batch” or “layer” normalises the features first. `dropout`: probability before each of the
+    linear layers (Srivastava et al. 2014). `layers`: how many of them, all but the last `hidden` wide."""
+    norms: dict[str, list[nn.Module]] = {
         "none": [],
         "batch": [nn.BatchNorm1d(width)],
         "layer": [nn.LayerNorm(width)],
     }
-    norms = layers[norm]
-    first, last = nn.Linear(width, hidden), nn.Linear(hidden, dim)
-    if not dropout:
-        return nn.Sequential(*norms, first, nn.GELU(), last)
-    return nn.Sequential(*norms, nn.Dropout(dropout), first, nn.GELU(), nn.Dropout(dropout), last)
+    parts = norms[norm]
+    widths = [width, *[hidden] * (layers - 1), dim]
+    for size_in, size_out in zip(widths, widths[1:]):
+        parts += [nn.Dropout(dropout)] if dropout else []
+        parts += [nn.Linear(size_in, size_out), nn.GELU()]
+    return nn.Sequential(*parts[:-1])
 
 # %% ../../nbs/lib/models/04_joint.ipynb #ddbb6a5c
 def _keep_in_evaluation_mode(module: nn.Module, names: tuple[str, ...]) -> None:
@@ -124,7 +125,8 @@ class DualEncoder(nn.Module):
 def _image_encoder(config: LabConfig, weights: str | None) -> ImageEncoder:
     backbone, width = build_backbone(config.backbone, weights, config.image_size)
     shape = (width, config.head_hidden, config.embedding_dim)
-    encoder = ImageEncoder(backbone, projection_head(*shape, config.head_norm, config.head_dropout))
+    head = projection_head(*shape, config.head_norm, config.head_dropout, config.head_layers)
+    encoder = ImageEncoder(backbone, head)
     encoder.original_fingerprint = None if weights is None else _weights_fingerprint(backbone)
     return encoder
 

@@ -26,6 +26,7 @@ from clip475.data.images import (
     _BadImages,
     _caption_choice,
     _caption_choices,
+    _captions_by_image,
     batches,
     epoch_order,
     pack_images,
@@ -179,6 +180,9 @@ def _steps_per_epoch(images: int, config: LabConfig) -> int:
 def _epoch_captions(split: CaptionSplit, config: LabConfig, epoch: int) -> torch.Tensor:
     "The caption rows (N, k) of each image in `epoch`."
     k = config.captions_per_image
+    if config.caption_choice == "first":
+        _, first, count = _captions_by_image(split.caption_image)
+        return first[:, None] + torch.arange(k) % count[:, None]
     if k > 1:
         return _caption_choices(split.caption_image, config.seed, epoch, k)
     return _caption_choice(split.caption_image, config.seed, epoch)[:, None]

@@ -34,14 +34,16 @@ from .loss import _clamp_logit_scale_, batch_loss
 
 # %% ../../nbs/lib/training/05_steps.ipynb #d7497e07
 def learning_rate_at(step: int, total: int, config: LabConfig) -> float:
-    """Learning rate of step 0…total−1: linear warm-up over `config.warmup` of the steps, then half a cosine
-    to zero.
+    """Learning rate of step 0…total−1: linear warm-up over `config.warmup` of the steps, then as
+    `config.schedule` says: half a cosine to zero, a line to zero, or constant.
 
-    Source: Loshchilov and Hutter 2017, arXiv 1608.03983."""
+    Source of the cosine: Loshchilov and Hutter 2017, arXiv 1608.03983."""
     warmup = max(1, round(config.warmup * total))
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    share = (step - warmup) / max(1, total - warmup)  # of the time after the warm-up
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * share)), "linear": 1 - share, "constant": 1.0}
+    return config.learning_rate * left[config.schedule]
 
 # %% ../../nbs/lib/training/05_steps.ipynb #1e4be166
 @dataclass
@@ -89,19 +91,24 @@ def _make_average(model: DualEncoder, config: LabConfig) -> AveragedModel | None
 
 
 def start_training(
-    config: LabConfig, process_group: ProcessGroup | None = None, backbone_weights: bool = True
+    config: LabConfig,
+    process_group: ProcessGroup | None = None,
+    backbone_weights: bool = True,
+    modify: Callable[[DualEncoder], Any] = lambda model: None,
 ) -> TrainState:
     """A fresh `TrainState`: the model of `config` with seeded random parts, and AdamW (Loshchilov and
     Hutter 2019).
 
     Without a `process_group`, one process on the best device. `backbone_weights=False` is for a caller that
-    fills the model from a checkpoint at once."""
+    fills the model from a checkpoint at once. `modify(model)` changes the model in place before there is an
+    optimizer."""
     process_group = process_group or ProcessGroup(device=pick_device())
     device = process_group.device
     seed_everything(config.seed)
     model = build_model(config, backbone_weights=backbone_weights)
     if config.policy != "spec":
         apply_policy(model, config.policy, n=config.policy_blocks)
+    modify(model)
     model = model.to(memory_format=torch.channels_last).to(device).train()
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config),
@@ -210,13 +217,14 @@ def train_step(
     learning_rate: float,
     config: LabConfig,
     text_image_ids: torch.Tensor | None = None,
+    loss: Callable[..., torch.Tensor] = batch_loss,
 ) -> torch.Tensor:
     """One step. `pixels` (b, S, S, 3) uint8, or features (b, width) of a frozen backbone, are this process's;
     the rest is of the whole batch.
 
-    `text_embeddings` (M, D), `image_ids` (B,), and `text_image_ids` (M,), the image of each text. Returns
-    loss, gradient norm before clipping, and temperature as one tensor (3,) on the device: reading it waits
-    for the device."""
+    `text_embeddings` (M, D), `image_ids` (B,), and `text_image_ids` (M,), the image of each text. `loss`
+    takes what `batch_loss` takes. Returns loss, gradient norm before clipping, and temperature as one tensor
+    (3,) on the device: reading it waits for the device."""
     model, device = state.model, state.process_group.device
     texts = text_embeddings.to(device, non_blocking=True)
     for group in state.optimizer.param_groups:
@@ -228,17 +236,17 @@ def train_step(
     def loss_of(embeddings: torch.Tensor) -> torch.Tensor:
         images = _gather_rows(embeddings, state.process_group)  # (B, D)
         scale, bias, blend = model.logit_scale, model.logit_bias, mixture.targets if mixture else None
-        return batch_loss(config, images, texts, scale, image_ids, text_image_ids, bias, blend)
+        return loss(config, images, texts, scale, image_ids, text_image_ids, bias, blend)
 
     pixels = pixels.to(device, non_blocking=True)
-    loss = _backward(state, mixture.blend(pixels) if mixture else pixels, loss_of, config)
+    value = _backward(state, mixture.blend(pixels) if mixture else pixels, loss_of, config)
     norm = _clip_gradients(state, config)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     _clamp_logit_scale_(model.logit_scale, config.max_logit_scale)
     if state.average is not None:
         state.average.update_parameters(model.image_encoder)
-    return torch.stack([loss.detach(), norm, (-model.logit_scale.detach()).exp()])
+    return torch.stack([value.detach(), norm, (-model.logit_scale.detach()).exp()])
 
 # %% ../../nbs/lib/training/05_steps.ipynb #9868dccc
 def _check_finite(row: dict[str, float], fp16: bool) -> None:
