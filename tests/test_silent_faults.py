@@ -395,7 +395,11 @@ def test_a_run_that_can_only_be_read_is_searched(run, capsys, monkeypatch):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(report.SearchIndex, "save", refuse)
-    monkeypatch.setattr(report, "save_figure", lambda _, path: path.is_relative_to(folder) and refuse())
+
+    def save(_, path, **options):
+        return path.is_relative_to(folder) and refuse()
+
+    monkeypatch.setattr(report, "save_figure", save)
     code, found, err = command(capsys, "search", "words", "--run", folder, "--data", data)
     assert code == 0, err
     assert not Path(found["figure"]).is_relative_to(folder)

@@ -25,7 +25,7 @@ import torch
 import torchvision
 import transformers
 
-from .run_figures import _draw_figures, _draw_mistakes
+from .run_figures import _draw_figures, _draw_mistakes, _run_id, _source_of
 from ..core.config import LabConfig
 from ..core.devices import autocast_dtype, pick_device
 from ..core.figures import plot_gallery, save_figure
@@ -557,7 +557,7 @@ def _finish(
     train, val, *test = splits
     image_embeddings = embed_images(model, val.pixels, config)
     index = _build_index(image_embeddings, model, val, config, run)
-    results: _Results = {"run": str(run)} | _results_of(image_embeddings, val)
+    results: _Results = {"run": str(run), "run_id": _run_id(run)} | _results_of(image_embeddings, val)
     results |= _describe_data(model, config, train, val, test)
     for split in test:
         results["test"] = _results_of(embed_images(model, split.pixels, config), split)
@@ -592,14 +592,14 @@ def _describe_search(found: Any, name: str, run: str | Path) -> _Results:
     ]
     shown = replace(found, items=found.items[:20])  # a picture of more would be unreadable
     figure = plot_gallery([shown.gallery_row()], title=None if found.of_text else name)
-    path = Path(run) / "figures" / _file_name(name)
+    path, source = Path(run) / "figures" / _file_name(name), _source_of(run)
     try:
-        save_figure(figure, path)
+        save_figure(figure, path, source=source)
     except OSError as error:
         if error.errno not in _READ_ONLY:
             raise
         path = cache_dir() / "figures" / path.name  # the run can only be read
-        save_figure(figure, path)
+        save_figure(figure, path, source=source)
     return {"query": name, "run": str(run), "results": items, "note": found.note, "figure": str(path)}
 
 

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/lib/app/01_run_figures.ipynb #a00c6080
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,13 +22,17 @@ from clip475.core.figures import (
     plot_curves,
     plot_gallery,
     plot_grouped_bars,
+    plot_heatmap,
     plot_similarity,
     save_figure,
     show_images,
 )
+from ..core.files import fingerprint, read_json
 from ..data.pixels import load_image
+from ..data.splits import _SPLIT_FILE
 from ..evaluation.mistakes import _RULES
 from ..evaluation.retrieval import top_k
+from ..evaluation.space import _cluster_order
 from ..searching.index import SearchIndex
 from ..training.batches import PreparedSplit
 from ..training.runs import _run_figure
@@ -98,6 +103,62 @@ def _similarity_figure(
         boxes=[(i, i) for i in range(len(rows))],
     )
 
+# %% ../../nbs/lib/app/01_run_figures.ipynb #4ad524dc
+_MOST_IN_ORDER = 500  # the exact order of more takes minutes
+
+
+def _similar_first(image_embeddings: torch.Tensor, seed: int) -> np.ndarray:
+    """An order of the images, (N,), in which similar ones are neighbours.
+
+    Above 500 images a sample is ordered, and each other image stands with the nearest of the sample."""
+    count = len(image_embeddings)
+    if count < 3:
+        return np.arange(count)
+    sample = np.sort(np.random.default_rng(seed).permutation(count)[:_MOST_IN_ORDER])
+    ordered = image_embeddings[sample][_cluster_order(image_embeddings[sample])]
+    return np.argsort((image_embeddings @ ordered.T).argmax(1).numpy(), kind="stable")
+
+
+def _captions_of(rows: np.ndarray, val: PreparedSplit) -> np.ndarray:
+    "The caption rows of some images, image by image."
+    owner = np.asarray(val.split.caption_image)
+    return np.concatenate([np.flatnonzero(owner == row) for row in rows])
+
+# %% ../../nbs/lib/app/01_run_figures.ipynb #05e39b84
+def _block_means(
+    image_embeddings: torch.Tensor, val: PreparedSplit, order: np.ndarray, blocks: int = 64
+) -> torch.Tensor:
+    "Mean similarity of blocks of captions (rows) and images (columns) along `order`."
+    parts = np.array_split(order, min(blocks, len(order)))
+    images = torch.stack([image_embeddings[part].mean(0) for part in parts])
+    captions = torch.stack([val.text_embeddings[_captions_of(part, val)].mean(0) for part in parts])
+    return captions @ images.T
+
+
+def _similarity_means(image_embeddings: torch.Tensor, val: PreparedSplit) -> dict[str, float]:
+    "Mean cosine similarity of the captions with their own images, and with all others."
+    owner = torch.as_tensor(val.split.caption_image)
+    texts, images, captions = val.text_embeddings, len(val), len(owner)
+    own = (texts * image_embeddings[owner]).sum().item()
+    everything = (texts.sum(0) @ image_embeddings.sum(0)).item()
+    return {"own": own / captions, "other": (everything - own) / (captions * (images - 1))}
+
+
+def _matrix_figures(
+    image_embeddings: torch.Tensor, val: PreparedSplit, seed: int, zoom: int = 24
+) -> dict[str, plt.Figure]:
+    "The similarity of all captions and images as means of blocks, and that of the first `zoom` images."
+    order = _similar_first(image_embeddings, seed)
+    near = order[:zoom]
+    single = val.text_embeddings[_captions_of(near, val)] @ image_embeddings[near].T
+    names = {"label": "cosine similarity", "ylabel": "captions, in the order of their images"}
+    means = _block_means(image_embeddings, val, order)
+    all_images = f"{len(val):,} images in {len(means)} blocks, similar ones side by side"
+    return {
+        "similarity_all": plot_heatmap(means, xlabel=all_images, **names),
+        "similarity_zoom": plot_heatmap(single, xlabel=f"the first {len(near)} of these images", **names),
+    }
+
 # %% ../../nbs/lib/app/01_run_figures.ipynb #983a905d
 def _loss_figure(metrics: pd.DataFrame, config: LabConfig) -> plt.Figure:
     "Training and validation loss of each epoch, beside ln B."
@@ -142,6 +203,28 @@ def _recall_figure(results: Mapping[str, Any]) -> plt.Figure:
     return plot_grouped_bars(series, ylabel="recall")
 
 # %% ../../nbs/lib/app/01_run_figures.ipynb #6767e915
+def _run_id(run: str | Path) -> str:
+    "16 hex digits that stand for the weights of a run and for the data that it was trained and measured on."
+    weights, split = Path(run) / "model.safetensors", Path(run) / _SPLIT_FILE
+    checksum = None
+    if weights.is_file():
+        with open(weights, "rb") as file:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    return fingerprint(checksum, read_json(split)["fingerprint"] if split.is_file() else None)
+
+
+def _source_of(run: str | Path) -> str:
+    "What a figure of a run says about itself in its file."
+    return f"clip475 run {_run_id(run)}"
+
+
+def _save_figures(figures: Mapping[str, plt.Figure], run: str | Path) -> None:
+    "Save figures by name into `run/figures`; each file says which run it is of."
+    source = _source_of(run)
+    for name, figure in figures.items():
+        save_figure(figure, Path(run) / "figures" / f"{name}.png", source=source)
+
+
 def _draw_figures(
     image_embeddings: torch.Tensor,
     val: PreparedSplit,
@@ -162,15 +245,15 @@ def _draw_figures(
         figures["loss"] = _loss_figure(metrics, config)
         figures["recall_curves"] = _recall_curves_figure(metrics)
         figures["curves"] = _run_figure(run)
-    for name, figure in figures.items():
-        save_figure(figure, Path(run) / "figures" / f"{name}.png")
+    _save_figures(figures, run)
 
 
 def _draw_mistakes(index: SearchIndex, run: str | Path) -> None:
     "Write the galleries of `clip475.evaluation.mistakes` into `run/figures`, where a rule finds anything."
+    figures = {}
     for name, (_, rule) in _RULES.items():
-        path = Path(run) / "figures" / f"{name}.png"
-        path.unlink(missing_ok=True)  # of an earlier evaluation
+        (Path(run) / "figures" / f"{name}.png").unlink(missing_ok=True)  # of an earlier evaluation
         rows = rule(index, n=2)
         if rows:
-            save_figure(plot_gallery(rows, size=1.2), path)
+            figures[name] = plot_gallery(rows, size=1.2)
+    _save_figures(figures, run)

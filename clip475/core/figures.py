@@ -511,7 +511,9 @@ def _height(row: _GalleryRow, size: float, width: float) -> float:
     return max(0.19 * _count_lines(_lines(row, width - size)), 0 if header else size) + space
 
 # %% ../../nbs/lib/core/05_figures.ipynb #b537e66a
-def save_figure(fig: Figure, path: _AnyPath, dpi: float = 120) -> None:
-    "Save a figure as PNG, whole or not at all; the same figure gives the same bytes."
+def save_figure(fig: Figure, path: _AnyPath, dpi: float = 120, source: str | None = None) -> None:
+    """Save a figure as PNG, whole or not at all; the same figure gives the same bytes.
+
+    `source` is kept in the file as its text “Source”."""
     with _atomic_path(path) as part:
-        fig.savefig(part, dpi=dpi, format="png", metadata={"Software": None})
+        fig.savefig(part, dpi=dpi, format="png", metadata={"Software": None, "Source": source})

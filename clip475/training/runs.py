@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -25,7 +26,7 @@ from matplotlib.figure import Figure
 from ..core.config import LabConfig
 from ..core.devices import pick_device
 from ..core.figures import plot_run
-from ..core.files import LabError, _remove_old_parts, write_text
+from ..core.files import LabError, _remove_old_parts, read_json, write_json, write_text
 from ..models.joint import DualEncoder, save_model
 from ..models.text import _weights_fingerprint
 from .batches import PreparedSplit, _steps_per_epoch
@@ -303,6 +304,14 @@ def _start_or_resume(
     return state
 
 
+def _note_resumption(run: _Folder, step: int) -> None:
+    "Add to the run's resumed.json when training went on, and after which step."
+    file = Path(run) / "resumed.json"
+    before = read_json(file) if file.is_file() else []
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    write_json(file, [*before, {"time": now, "after_step": step}])
+
+
 def _complete_files(state: TrainState, config: LabConfig, run: _Folder, steps: int) -> None:
     "Write the configuration of a new run, or what a kill between checkpoint and the rest has left out."
     if state.step == 0:
@@ -338,6 +347,8 @@ def fit(
     steps = _steps_per_epoch(len(train), config)  # too few images are refused before any work
     with _lock_run_folder(run, process_group), _stop_requests() as stop_requests:
         state = _start_or_resume(config, train, val, run, resume, process_group)
+        if is_main and 0 < state.step < steps * config.epochs:
+            _note_resumption(run, state.step)
         if config.cache_features:
             train = with_features(train, state.model, config, train=True, progress=progress and is_main)
             val = with_features(val, state.model, config, train=False, progress=progress and is_main)
