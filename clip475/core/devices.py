@@ -11,7 +11,7 @@ import random
 from typing import TYPE_CHECKING
 
 from .config import LabConfig
-from .files import LabError
+from .files import LabError, _note_once
 
 if TYPE_CHECKING:
     import torch
@@ -40,11 +40,14 @@ def pick_device() -> "torch.device":
 def autocast_dtype(config: LabConfig, device: "torch.device") -> "torch.dtype":
     """The number format of matrix products: 16 bits where `device` computes them natively, else float32.
 
-    `config.precision` overrides the choice, unless it is "auto"."""
+    `config.precision` overrides the choice, unless it is "auto". "fp16" on a CPU, which takes many times as
+    long, computes as "auto" does, and says so."""
     import torch
 
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if config.precision != "auto":
+    if config.precision == "fp16" and device.type == "cpu":
+        _note_once("precision fp16 takes many times as long on a CPU; computing as with precision auto")
+    elif config.precision != "auto":
         return named[config.precision]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -44,6 +45,12 @@ class LabError(ValueError):
 
     def __str__(self) -> str:
         return _visible(super().__str__(), keep="\n")
+
+# %% ../../nbs/lib/core/01_files.ipynb #53158500
+@cache
+def _note_once(text: str) -> None:
+    "Write a note to stderr, once in a process."
+    print(_visible(text), file=sys.stderr)
 
 # %% ../../nbs/lib/core/01_files.ipynb #90668c1e
 def error_message(text: str, function: Callable, *args: Any, **kwargs: Any) -> str:

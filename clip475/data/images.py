@@ -25,7 +25,7 @@ from PIL import __version__ as pillow_version
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..core.files import LabError, _file_stamp, cache_dir, fingerprint, read_json, write_json
+from ..core.files import LabError, _file_stamp, _visible, cache_dir, fingerprint, read_json, write_json
 from .captions import CaptionSplit, _names_below
 from .pixels import _BadImage, _read_square
 
@@ -323,7 +323,7 @@ def _check_room(file: Path, needed: int) -> None:
 
 def _write_message(progress: bool, text: str) -> None:
     if progress:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(_visible(text), file=sys.stderr)
 
 
 @contextmanager

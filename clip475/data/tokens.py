@@ -278,6 +278,7 @@ def _token_ids(
 ) -> list[torch.Tensor]:
     "The ids of each clean text, marks included, at most `context_length` (None: all): 1-D int64 tensors."
     cut = dict(truncation=True, max_length=context_length or 10**9, return_attention_mask=False)
+    cut["split_special_tokens"] = True  # a caption that spells out “<|endoftext|>” does not end there
     parts = (tokenizer(texts[i : i + portion], **cut)["input_ids"] for i in range(0, len(texts), portion))
     return [torch.tensor(ids) for part in parts for ids in part]
 

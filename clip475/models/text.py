@@ -239,13 +239,41 @@ def _network(
     return network
 
 
+def _reading_at_end(tower: Any, name: str, revision: str | None) -> Any:
+    "The CLIP tower, which reads a caption at the token that its tokenizer ends it with; else `LabError`."
+    end = load_tokenizer(name, revision).eos_token_id
+    if tower.config.eos_token_id == 2:  # what CLIP's files said before 2023; it meant “the largest number”
+        tower.config.eos_token_id = tower.text_model.eos_token_id = end
+    if tower.config.eos_token_id != end:
+        raise LabError(
+            f"text_model {name!r}: its config.json reads a caption at token {tower.config.eos_token_id!r} "
+            f"(eos_token_id) and its tokenizer ends a caption with {end}, so different captions would be "
+            f"equal; write {end} in config.json"
+        )
+    return tower
+
+
+def _check_tells_apart(encoder: TextEncoder, config: LabConfig) -> None:
+    "Raise `LabError` if two different captions get the same embedding."
+    tokenizer = load_tokenizer(config.text_model, config.text_revision)
+    ids = _token_ids(["two boats", "a dog in the snow"], tokenizer, config.context_length)
+    with torch.no_grad():
+        one, other = encoder(**_pad_tokens(ids, tokenizer.pad_token_id, encoder.padded_length))
+    if not float((one - other).norm()) > 1e-3:  # not a number, and zeros, count as equal
+        raise LabError(
+            f"text_model {config.text_model!r} gives “two boats” and “a dog in the snow” the same embedding, "
+            "or none; its weights and its tokenizer do not belong together: fetch both again"
+        )
+
+
 def _load_tower(name: str, revision: str | None, pretrained: bool) -> Any:
     "The text tower `name` with its weights, or of the same shape with random ones."
     kind = _tower_kind(name, revision)
     if kind in _CLIP_KINDS:
         if not pretrained and name == "openai/clip-vit-base-patch32":
             return CLIPTextModelWithProjection(CLIPTextConfig()).float()  # transformers' default is its shape
-        return _network(CLIPTextModelWithProjection, name, revision, pretrained, CLIPTextConfig)
+        tower = _network(CLIPTextModelWithProjection, name, revision, pretrained, CLIPTextConfig)
+        return tower if name == "builtin" else _reading_at_end(tower, name, revision)
     if kind in _SIGLIP_KINDS:
         cls = _SIGLIP_KINDS[kind]
         return _SiglipTower(_network(cls, name, revision, pretrained, cls.config_class))
@@ -277,7 +305,10 @@ def load_text_encoder(config: LabConfig, pretrained: bool = True, frozen: bool =
     where the tower does not fit `config` or cannot be found."""
     tower = _load_tower(config.text_model, config.text_revision, pretrained)
     _check_shape(config.text_model, tower.config, config)
-    return TextEncoder(tower, frozen=frozen, pretrained=pretrained)
+    encoder = TextEncoder(tower, frozen=frozen, pretrained=pretrained)
+    if pretrained and config.text_model != "builtin":
+        _check_tells_apart(encoder, config)
+    return encoder
 
 # %% ../../nbs/lib/models/02_text.ipynb #79c7a8cd
 @contextmanager
