@@ -3,12 +3,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from clip475.core.config import LabConfig
 from clip475.core.devices import autocast_dtype
+from clip475.core.figures import save_figure, show_images
 from clip475.core.files import LabError, _note_once
 from clip475.data.tokens import _builtin_text_folder, load_tokenizer
 from clip475.models.text import encode_texts, load_text_encoder
@@ -103,3 +105,14 @@ def test_fp16_on_a_cpu_computes_as_auto_does_and_says_so(capsys):
         assert chosen == autocast_dtype(automatic, cpu)
     assert capsys.readouterr().err.count("fp16 takes many times as long on a CPU") == 1
     assert autocast_dtype(automatic.replace(precision="fp16"), torch.device("cuda")) == torch.float16
+
+
+# ── figures ──
+
+
+def test_characters_that_no_font_has_are_named(tmp_path, capsys, recwarn):
+    _note_once.cache_clear()
+    figure = show_images([np.zeros((8, 8, 3), np.uint8)], ["a cat: \U00012031, as seen in Ur"])
+    save_figure(figure, tmp_path / "cuneiform.png")
+    note = capsys.readouterr().err
+    assert note.count("\U00012031") == 1 and "drawn as boxes" in note and not recwarn.list

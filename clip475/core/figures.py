@@ -8,17 +8,20 @@ __all__ = ['PALETTE', 'show_images', 'plot_curves', 'plot_run', 'plot_bars', 'pl
 
 # %% ../../nbs/lib/core/05_figures.ipynb #135d4fa7
 import textwrap
+import unicodedata
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from .files import LabError, _AnyPath, _atomic_path
+from .files import LabError, _AnyPath, _atomic_path, _note_once
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,9 +85,47 @@ def _wrap(text: object, width: int) -> str:
     "`text` in lines of at most `width` characters; its own line breaks stay."
     return "\n".join("\n".join(textwrap.wrap(line, max(width, 8))) for line in str(text).split("\n"))
 
+# %% ../../nbs/lib/core/05_figures.ipynb #55085f86
+_MORE_FONTS = (
+    *(f"Noto Sans CJK {region}" for region in ("SC", "JP", "TC", "KR")),
+    *("Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo"),
+    *("WenQuanYi Zen Hei", "Noto Sans Arabic", "Noto Sans Devanagari", "Arial Unicode MS"),
+    *("Noto Emoji", "Segoe UI Emoji"),
+)
+
+
+def _characters(font: str) -> set[int]:
+    "The numbers of the characters that a font file has."
+    return set(font_manager.get_font(font).get_charmap())
+
+
+def _choose_fonts(fig: Any) -> None:
+    "Add fonts that have the characters of the figure's texts; a note names those that no font has."
+    texts = [text for text in fig.findobj(Text) if not text.get_text().isascii()]
+    if not texts:
+        return
+    needed = {character for text in texts for character in text.get_text() if not character.isspace()}
+    missing = {ord(c) for c in needed if unicodedata.category(c) not in ("Cf", "Mn")}
+    missing -= _characters(font_manager.findfont(font_manager.FontProperties()))
+    installed = {font.name: font.fname for font in font_manager.fontManager.ttflist}
+    chosen = []
+    for name in _MORE_FONTS if missing else ():
+        if name in installed and missing & (found := _characters(installed[name])):
+            chosen.append(name)
+            missing -= found
+    for text in texts if chosen else ():
+        text.set_fontfamily([*plt.rcParams["font.family"], *chosen])
+    if missing:
+        shown = " ".join(map(chr, sorted(missing)[:5]))
+        _note_once(
+            f"figures: no font of this computer has {len(missing):,} of the characters ({shown}), which are "
+            "drawn as boxes; install a font that has them, such as Noto Sans CJK or Noto Emoji"
+        )
+
 # %% ../../nbs/lib/core/05_figures.ipynb #4d051953
 def _done(fig: Any) -> Figure:
     "The figure, closed; a $ in a caption is a dollar and not a formula."
+    _choose_fonts(fig)
     for text in fig.findobj(Text):
         if "$" in text.get_text():
             text.set_parse_math(False)
@@ -515,5 +556,7 @@ def save_figure(fig: Figure, path: _AnyPath, dpi: float = 120, source: str | Non
     """Save a figure as PNG, whole or not at all; the same figure gives the same bytes.
 
     `source` is kept in the file as its text “Source”."""
-    with _atomic_path(path) as part:
+    _choose_fonts(fig)
+    with _atomic_path(path) as part, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # said by _choose_fonts
         fig.savefig(part, dpi=dpi, format="png", metadata={"Software": None, "Source": source})
