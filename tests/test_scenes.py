@@ -116,7 +116,7 @@ def test_a_false_caption_is_false():
 
 def test_the_oracle_agrees_with_drawing_lots():
     "Independent judge: let a random reader choose among what fits, many times, and count."
-    scenes = [make_scene(3, i) for i in range(60)]
+    scenes = [make_scene(3, i) for i in range(100)]
     captions, table, rng = [caption_scene(s) for s in scenes], _columns(scenes), np.random.default_rng(0)
     true = np.stack([_true_of(c, table) for cs in captions for c in cs])
     owner, fits, tries = np.repeat(np.arange(60), 5), true.sum(1), 400
@@ -128,7 +128,7 @@ def test_the_oracle_agrees_with_drawing_lots():
         rows = np.flatnonzero(true[:, i])
         return owner[rng.choice(rows[fits[rows] == fits[rows].min()])] == i
 
-    i2t = np.mean([[pick(i) for i in range(60)] for _ in range(tries)])
+    i2t = np.mean([[pick(i) for i in range(100)] for _ in range(tries)])
     found = oracle_recall(scenes, captions, ks=(1,))
     assert abs(found["t2i"]["R@1"] - t2i) < 0.01 and abs(found["i2t"]["R@1"] - i2t) < 0.01
 
@@ -192,3 +192,18 @@ def test_the_grammar_of_articles_and_numbers():
         t for t in texts if re.search(r"\b(a [aeiou]|an [^aeiou]|there are an? |there is (two|three))", t)
     ]
     assert any("an orange" in t for t in texts) and any("there is a group of three" in t for t in texts)
+
+
+def test_no_validation_scene_has_all_facts_of_a_training_scene(tmp_path, monkeypatch):
+    monkeypatch.setattr("clip475.data.scenes.draw_scene", lambda scene, size: Image.new("RGB", (8, 8)))
+    root = write_scenes(tmp_path / "scenes", train=1500, val=100, progress=False)
+    train, val = ([scene for scene, _ in load_truth(root, name).values()] for name in ("train", "val"))
+    first = [make_scene(42, _VAL_START + i) for i in range(100)]
+
+    def alike(a, b):
+        turned = b.things[::-1] == a.things and a.relation == (_RELATIONS[b.relation] if b.relation else None)
+        same = (a.things, a.relation) == (b.things, b.relation)
+        return a.place == b.place and (same or turned)
+
+    assert any(alike(a, b) for a in first for b in train)  # the rule has something to do
+    assert len(val) == 100 and not any(alike(a, b) for a in val for b in train)

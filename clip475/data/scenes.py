@@ -6,6 +6,7 @@
 __all__ = ['Thing', 'Scene', 'make_scene', 'draw_scene', 'caption_scene', 'oracle_recall', 'write_scenes', 'load_truth']
 
 # %% ../../nbs/lib/data/02_scenes.ipynb #ff74a28b
+import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -413,7 +414,21 @@ def oracle_recall(
 
 # %% ../../nbs/lib/data/02_scenes.ipynb #1d0c3dcb
 _VAL_START = 500_000  # index of the first validation scene: the splits never share one
-_VERSION = 2  # raised when the same seed and index would give another picture or caption
+_VERSION = 3  # raised when the same seed and index would give another picture or caption
+
+
+def _all_facts(scene: Scene) -> tuple[Any, ...]:
+    "Everything that is true of `scene`: a dog left of a cat is a cat right of a dog."
+    things, relation = scene.things, scene.relation
+    if relation in ("right", "below"):
+        things, relation = things[::-1], _RELATIONS[relation]
+    return scene.place, things, relation
+
+
+def _new_to(train: int, seed: int) -> Iterator[int]:
+    "Indices from `_VAL_START` on of the scenes that share not all facts with one of the `train` first scenes."
+    seen = {_all_facts(make_scene(seed, i)) for i in range(train)}
+    return (i for i in itertools.count(_VAL_START) if _all_facts(make_scene(seed, i)) not in seen)
 
 
 def _image_entry(name: str, index: int, size: int) -> dict[str, Any]:
@@ -445,7 +460,8 @@ def write_scenes(
 ) -> Path:
     """Draw `train` + `val` scenes into the new folder `root`, in COCO 2014's layout, and return it.
 
-    The folder appears when all is written. Raises `LabError` if `root` exists."""
+    No validation scene has all facts of a training scene. The folder appears when all is written. Raises
+    `LabError` if `root` exists."""
     root = Path(root)
     if root.exists():
         raise LabError(f"{root}: this exists already; choose a new folder for the scenes")
@@ -453,7 +469,7 @@ def write_scenes(
         raise LabError(f"train_images and val_images go up to {_VAL_START:,} scenes each")
     with _atomic_path(root) as part:
         _write_split(part, "train", range(train), seed, size, progress)
-        _write_split(part, "val", range(_VAL_START, _VAL_START + val), seed, size, progress)
+        _write_split(part, "val", list(itertools.islice(_new_to(train, seed), val)), seed, size, progress)
     return root
 
 # %% ../../nbs/lib/data/02_scenes.ipynb #aed487a0
