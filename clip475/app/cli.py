@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..core.config import PRESETS, LabConfig
+from ..core.config import PRESETS, LabConfig, _read_value
 from ..core.devices import _check_torch
 from ..core.files import LabError, _to_json, _visible
 
@@ -140,25 +140,21 @@ _REPORT = (
     _option("--classes", metavar="NAMES", help="as in “a person,an animal,a landscape” (default)"),
     _option("--no-pdf", action="store_true", help="leave out the PDF"),
 )
+_ABLATE = (
+    _option("--a", metavar="NAME[=VALUE]", help="change A: a ready one such as augment, or FIELD=VALUE"),
+    _option("--b", metavar="NAME[=VALUE]", help="change B"),
+    _option("--change", action="append", default=[], metavar="NAME[=VALUE]", help="one more; repeatable"),
+    _option("--one-at-a-time", action="store_true", help="each change alone, without combinations"),
+    _option("--seeds", type=int, default=3, metavar="N", help="trainings of each arm (default: 3)"),
+    _option("--measure", default="t2i_R@1", metavar="NAME", help="what verdicts are on (default: t2i_R@1)"),
+    _run_option("the folder of the study (default: a new one under runs/); one begun there goes on"),
+)
 _FROZEN = (
     _option("--full", action="store_true", help="more scenes, larger pictures, longer; for a GPU"),
     _option("--resume", action="store_true", help="go on in --run; finished runs are read back"),
 )
 
 # %% ../../nbs/lib/app/10_cli.ipynb #4fa1d45e
-def _value(name: str, text: str) -> Any:
-    "A value of --set: what JSON reads in it (3, 0.1, null, true) where the field takes that, else the text."
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):  # no JSON, or a number of thousands of digits, or nested too deeply
-        return text
-    field = LabConfig.__dataclass_fields__.get(name)
-    if field is None:
-        return value
-    rule = field.metadata["rule"]
-    return text if rule.accepts(text) and not rule.accepts(value) else value
-
-
 def _setting(text: str) -> tuple[str, Any]:
     "The field and the value of one --set FIELD=VALUE."
     name, sep, value = text.partition("=")
@@ -166,7 +162,7 @@ def _setting(text: str) -> tuple[str, Any]:
         raise LabError(f"--set {text}: it takes FIELD=VALUE, for example --set epochs=3")
     if name == "preset":
         raise LabError(f"--set {text}: choose the preset with --preset {value}")
-    return name, _value(name, value)
+    return name, _read_value(name, value)
 
 
 def _chosen(args: argparse.Namespace) -> dict[str, Any]:
@@ -499,6 +495,22 @@ def _frozen(args: argparse.Namespace) -> tuple[Any, str]:
     return found, f"{_grid_table(found).to_string()}\n\nall of it: {found['run']}/frozen.json"
 
 
+def _ablate(args: argparse.Namespace) -> tuple[Any, str]:
+    from clip475.studies.ablation import _effect_table, _recall_table, run_ablation
+
+    changes = [change for change in (args.a, args.b, *args.change) if change]
+    letters = map(chr, range(ord("A"), ord("Z")))
+    options = (args.run, args.seeds, args.one_at_a_time, args.measure)
+    found = run_ablation(_config_of(args), dict(zip(letters, changes)), *options)
+    tables = [_recall_table(found), _effect_table(found["effects"])]
+    texts = [
+        *(table.to_string(index=False) for table in tables),
+        "\n".join(found["sentences"]),
+        found["power"],
+    ]
+    return found, "\n\n".join([*texts, f"page: {found['run']}/ablation.html"])
+
+
 def _params(args: argparse.Namespace) -> tuple[Any, str]:
     import torch
 
@@ -537,6 +549,7 @@ _VERBS = (
     ),
     _Verb("report", "write the full report of a run, with gaps to fill", _report, _OLD_RUN + _REPORT),
     _Verb("frozen", "compare ways to freeze the model (about ten minutes)", _frozen, _NEW_RUN + _FROZEN),
+    _Verb("ablate", "train with and without some changes, and compare", _ablate, _CONFIGURATION + _ABLATE),
     _Verb("params", "count the parameters, trainable and frozen", _params, _CONFIGURATION),
     _Verb("course", "write the notebooks of the course into a folder", _course, _FOLDER),
 )
@@ -548,6 +561,7 @@ _EXAMPLES = """examples:
   clip475 search --image my.jpg --plus "at night"
   clip475 search "a dog in the snow" --images my_photos
   clip475 search --images my_photos --classes "a person,an animal,a landscape"
+  clip475 ablate --a augment --b head_dropout --seeds 3 --run runs/step5
   clip475 params --preset coco --json       the specification's parameter table
   clip475 course my_course                  the lessons with their exercises
 """

@@ -8,6 +8,7 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'PRESETS', 'LabConfig']
 # %% ../../nbs/lib/core/03_config.ipynb #fa930a1d
 import dataclasses
 import html
+import json
 import math
 import os
 from collections.abc import Callable
@@ -326,6 +327,20 @@ class LabConfig:
 
     def _repr_html_(self) -> str:
         return _html_table(_rows(self))
+
+# %% ../../nbs/lib/core/03_config.ipynb #a0b1c2d3
+def _read_value(name: str, text: str) -> Any:
+    """The value of the field `name` written as text: what JSON reads in it (3, 0.1, null, true) where the
+    field takes that, else the text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # no JSON, or a number of thousands of digits, or nested too deeply
+        return text
+    field = LabConfig.__dataclass_fields__.get(name)
+    if field is None:
+        return value
+    rule = field.metadata["rule"]
+    return text if rule.accepts(text) and not rule.accepts(value) else value
 
 # %% ../../nbs/lib/core/03_config.ipynb #57b19fe2
 class _Row(NamedTuple):
