@@ -26,7 +26,7 @@ help:
 	@echo "make export    writes clip475/ from nbs/ and cleans the notebooks"
 	@echo "make readme    writes README.md from nbs/index.ipynb"
 	@echo "make course    writes the students' notebooks, nbs/course, from those with solutions"
-	@echo "make lint      looks at the code with ruff and mypy, as make test does first"
+	@echo "make lint      looks at the code with ruff and mypy and at the workflows with zizmor, as make test does first"
 	@echo "make clean     removes .venv and what was built; runs/ stays"
 
 demo: $(VENV)/.installed
@@ -42,6 +42,7 @@ lint: dev
 	$(BIN)/ruff check --quiet nbs clip475 tests bench tools
 	$(BIN)/ruff format --quiet --check nbs tests bench tools
 	$(BIN)/mypy --no-error-summary
+	$(BIN)/zizmor --quiet --offline .github
 
 browser-test: dev
 	$(BIN)/python -m pytest -rs tests/browser $(ARGS)

@@ -296,6 +296,16 @@ def test_wheel_says_what_it_is(wheel):
     )
     assert f"Requires-Python: >={settings()['min_python']}" in metadata and "Apache-2.0" in metadata
     assert "clip475 = clip475.__main__:main" in entries
+    assert "License-Expression: Apache-2.0 AND MIT" in metadata and "Project-URL: Issues" in metadata
+
+
+def test_readme_of_the_wheel_has_whole_links(wheel):
+    archive = zipfile.ZipFile(wheel)
+    metadata = next(archive.read(n).decode() for n in archive.namelist() if n.endswith("/METADATA"))
+    targets = re.findall(r"\]\(([^)]*)\)", metadata)
+    assert len(targets) > 40
+    assert all(target.startswith(("https://", "#")) for target in targets)
+    assert "clip475/raw/main/docs/photo_search.jpg" in metadata
 
 
 def test_versions_of_constraints_are_versions():
