@@ -79,8 +79,10 @@ _CONFIGURATION = (
     _option(
         "--on-bad",
         choices=["fail", "replace"],
-        help="a picture that does not decode: stop (default), or take the next one",
+        help="a picture or a line of a list that cannot be read: stop (default), or take the next one",
     ),
+    _option("--image-column", metavar="NAME", help="the column of file names in a list of your own"),
+    _option("--caption-column", metavar="NAME", help="its column of captions"),
     _option("--seed", type=int, metavar="N", help="the seed of everything random"),
     _option(
         "--set",
@@ -149,6 +151,20 @@ _ABLATE = (
     _option("--measure", default="t2i_R@1", metavar="NAME", help="what verdicts are on (default: t2i_R@1)"),
     _run_option("the folder of the study (default: a new one under runs/); one begun there goes on"),
 )
+_HAND_IN = (
+    _run_option("the run folder (default: the newest one under runs/)"),
+    _option("--students", required=True, metavar="N,N", help="the student numbers, joined by commas"),
+    _option("--report", metavar="FILE", help=".md, .html or .pdf (default: full_report.md of the run)"),
+    _option(
+        "--code", action="append", default=[], metavar="PATH", help="a notebook, module or folder of yours"
+    ),
+    _option("--out", metavar="ZIP", help="the zip (default: the numbers, in this folder)"),
+    _option(
+        "--limit", type=float, default=100, metavar="MB", help="what the course page takes (default: 100)"
+    ),
+    _option("--check", action="store_true", help="only show the checklist"),
+    _option("--draft", action="store_true", help="write in spite of open points"),
+)
 _FROZEN = (
     _option("--full", action="store_true", help="more scenes, larger pictures, longer; for a GPU"),
     _option("--resume", action="store_true", help="go on in --run; finished runs are read back"),
@@ -173,6 +189,8 @@ def _chosen(args: argparse.Namespace) -> dict[str, Any]:
         "val_images": args.val,
         "test_images": args.test,
         "on_bad": args.on_bad,
+        "image_column": args.image_column,
+        "caption_column": args.caption_column,
         "seed": args.seed,
     }
     given = {name: value for name, value in options.items() if value is not None}
@@ -485,6 +503,16 @@ def _report(args: argparse.Namespace) -> tuple[Any, str]:
     return done, "\n".join([*files, f"gaps to fill: {gaps}", *(f"note: {note}" for note in done["notes"])])
 
 
+def _hand_in(args: argparse.Namespace) -> tuple[Any, str]:
+    from clip475.app.hand_in import hand_in
+
+    options = {"limit": args.limit, "draft": args.draft, "check": args.check}
+    done = hand_in(_run_of(args), args.students, args.report, args.out, args.code, **options)
+    lines = [f"{part['status']:5}{part['part']}: {part['detail']}" for part in done["checklist"]]
+    written = f"{done['zip']}: {done['bytes'] / 2**20:.1f} MB, {done['files']} files" if done["zip"] else ""
+    return done, "\n".join([*lines, *([written] if written else [])])
+
+
 def _frozen(args: argparse.Namespace) -> tuple[Any, str]:
     from clip475.studies.claims import _grid_table
     from clip475.studies.freezing import frozen_experiment
@@ -519,7 +547,7 @@ def _params(args: argparse.Namespace) -> tuple[Any, str]:
 
     config = _config_of(args)
     _check_towers(config)
-    unused = ("data", "train", "val", "test", "on_bad", "seed")
+    unused = ("data", "train", "val", "test", "on_bad", "image_column", "caption_column", "seed")
     if given := [f"--{name.replace('_', '-')}" for name in unused if getattr(args, name) is not None]:
         print(f"note: params counts the model alone; {', '.join(given)} changes nothing", file=sys.stderr)
     with torch.device("meta"):  # shapes without memory
@@ -548,6 +576,7 @@ _VERBS = (
         _QUERY + _OWN_PICTURES + _OLD_RUN,
     ),
     _Verb("report", "write the full report of a run, with gaps to fill", _report, _OLD_RUN + _REPORT),
+    _Verb("handin", "write the zip that the assignment asks for", _hand_in, _HAND_IN),
     _Verb("frozen", "compare ways to freeze the model (about ten minutes)", _frozen, _NEW_RUN + _FROZEN),
     _Verb("ablate", "train with and without some changes, and compare", _ablate, _CONFIGURATION + _ABLATE),
     _Verb("params", "count the parameters, trainable and frozen", _params, _CONFIGURATION),
@@ -562,6 +591,8 @@ _EXAMPLES = """examples:
   clip475 search "a dog in the snow" --images my_photos
   clip475 search --images my_photos --classes "a person,an animal,a landscape"
   clip475 ablate --a augment --b head_dropout --seeds 3 --run runs/step5
+  clip475 report --run runs/long            the full report, with gaps to fill
+  clip475 handin --run runs/long --students 20123456,20654321
   clip475 params --preset coco --json       the specification's parameter table
   clip475 course my_course                  the lessons with their exercises
 """

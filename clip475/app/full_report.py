@@ -78,6 +78,8 @@ _REASONS = {
     "captions_per_image": "one of the five in each step",
     "caption_choice": "one of the five, drawn anew in every epoch",
     "micro_batch": "smaller if a batch does not fit into the memory; same gradients",
+    "image_column": "only for a list with columns of one's own",
+    "caption_column": "only for a list with columns of one's own",
     "freeze_batchnorm": "the specification trains the whole ResNet50",
     "policy": "the specification trains the whole image tower",
     "policy_blocks": "counts for the policy last-n alone",
@@ -111,7 +113,8 @@ def _source_and_reason(name: str, config: LabConfig, specified: LabConfig) -> tu
         return "your choice", f"the preset has {getattr(LabConfig.from_preset(config.preset), name)}"
     if name not in _FOR_ANY_VALUE and value != getattr(LabConfig(), name):
         return "lab's choice", f"belongs to the preset {config.preset}"
-    return "lab's choice", _REASONS[name]
+    meaning = LabConfig.__dataclass_fields__[name].metadata["meaning"]
+    return "lab's choice", _REASONS.get(name, meaning)
 
 
 def hyperparameter_table(config: LabConfig) -> pd.DataFrame:
