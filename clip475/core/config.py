@@ -226,8 +226,12 @@ class LabConfig:
     on_bad: str = _field(
         "fail",
         _choice("fail", "replace"),
-        "a picture that does not decode: stop, or take the next of the seeded order",
+        "a picture or a line of a list that cannot be read: stop, or take the next one",
     )
+    image_column: str | None = _field(
+        None, _optional(_text()), "the column of file names in a list of your own; None: by its known names"
+    )
+    caption_column: str | None = _field(None, _optional(_text()), "the column of captions, likewise")
     augment: str = _field(
         "none",
         _any_of("none", "crop", "flip", "jitter"),

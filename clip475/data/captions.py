@@ -129,10 +129,19 @@ def _listing(folder: Path, most: int = 8) -> str:
     return ", ".join(names[:most]) + more if names else "nothing"
 
 
-def _caption_file(root: str | Path, name: str) -> Path:
-    "`root/annotations/captions_{name}2014.json`; `LabError` if it is not there."
+def _coco_year(root: str | Path) -> str:
+    "2014; or 2017, where only that year's captions or pictures are in `root`."
     root = Path(root).expanduser()
-    file = root / "annotations" / f"captions_{_check_choice('split', name, ['train', 'val'])}2014.json"
+    years = ("2014", "2017")
+    listed = [y for y in years if any((root / "annotations").glob(f"captions_*{y}.json"))]
+    with_pictures = [y for y in listed if (root / f"train{y}").is_dir() or (root / f"val{y}").is_dir()]
+    return next(iter([*with_pictures, *listed]), "2014")
+
+
+def _caption_file(root: str | Path, name: str) -> Path:
+    "`root/annotations/captions_{name}2014.json`, or 2017; `LabError` if it is not there."
+    root, year = Path(root).expanduser(), _coco_year(root)
+    file = root / "annotations" / f"captions_{_check_choice('split', name, ['train', 'val'])}{year}.json"
     if not root.is_dir():
         raise LabError(
             f"{root}: there is no such folder; "
@@ -142,7 +151,7 @@ def _caption_file(root: str | Path, name: str) -> Path:
         return file
     raise LabError(
         f"{file}: there is no such file, and {file.parent} holds {_listing(file.parent)}; "
-        "unpack COCO's annotations_trainval2014.zip in the folder above"
+        f"unpack COCO's annotations_trainval{year}.zip in the folder above"
     )
 
 # %% ../../nbs/lib/data/03_captions.ipynb #cba542f0
@@ -286,7 +295,7 @@ def _split_of(
     coco: COCO, root: Path, name: str, ids: Sequence[int], missing: int = 0, listed: int = 0
 ) -> CaptionSplit:
     "The `CaptionSplit` of these ids, whether or not their files are on disk."
-    folder = root / f"{name}2014"
+    folder = root / f"{name}{_coco_year(root)}"
     captions = [sorted(coco.imgToAnns[id], key=lambda annotation: annotation["id"]) for id in ids]
     return CaptionSplit(
         name,
@@ -314,9 +323,9 @@ def _make_split(
     seed: int = 42,
     exclude: Collection[int] = (),
 ) -> CaptionSplit:
-    "`count` images drawn by `seed` among those of `coco` in `root/{name}2014`, without the ids in `exclude`."
+    "`count` images drawn by `seed` among those of `coco` in the folder of pictures, without `exclude`."
     root = Path(root).expanduser()
-    folder = root / f"{name}2014"
+    folder = root / f"{name}{_coco_year(root)}"
     found = _images_on_disk(coco, folder)
     for id in found:
         if id not in coco.imgToAnns:
@@ -337,7 +346,7 @@ def load_split(
 ) -> CaptionSplit:
     """`count` images of the "train" or "val" split under `root`, with their captions; None takes all on disk.
 
-    `root` is in COCO 2014's layout. Listed images that are not on disk are counted in `.missing`.
+    `root` is in COCO's layout, of 2014 or 2017. Listed images that are not on disk are counted in `.missing`.
     The draw depends on `seed` and the file names alone, and the split is sorted by id. For each image id in
     `exclude` the next of the seeded order takes its place. A picture that is added or deleted moves at most
     one other in or out: the last one drawn. Raises `LabError`."""

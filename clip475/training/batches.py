@@ -113,7 +113,11 @@ def _pack_splits(
 
     while True:
         excluded = {name: {image_id for image_id, *_ in bad} for name, bad in replaced.items()}
-        found = read_splits(root, config, excluded) if run is None else _read_splits_of_run(root, run, names)
+        found = (
+            read_splits(root, config, excluded)
+            if run is None
+            else _read_splits_of_run(root, run, names, config)
+        )
         splits = [split for split in found if split.name in names]
         try:
             return splits, [pack(split) for split in splits], replaced
