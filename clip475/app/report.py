@@ -38,8 +38,9 @@ from clip475.core.files import (
     write_json,
     write_text,
 )
+from ..core.weights import _is_package
 from ..data.captions import CaptionSplit, _has_half_character
-from ..data.images import _contents
+from ..data.images import _contents, _copies
 from ..data.scenes import load_truth, oracle_recall
 from ..data.splits import _SPLIT_FILE, _read_record, _recorded, _split_record
 from ..data.tokens import load_tokenizer
@@ -166,27 +167,37 @@ def _hardware(config: LabConfig, device: torch.device) -> dict[str, str]:
     }
 
 
-def _in_two_splits(splits: Sequence[CaptionSplit]) -> list[list[str]]:
-    "Pairs of files with the same content in two splits, each as “split: file”."
-    first: dict[str, tuple[str, str]] = {}
-    pairs = []
-    for split in splits:
-        for path, content in zip(split.image_paths, _contents(split)):
-            name, label = first.setdefault(content, (split.name, f"{split.name}: {path.name}"))
-            if name != split.name:
-                pairs.append([label, f"{split.name}: {path.name}"])
+def _in_two_splits(splits: Sequence[PreparedSplit], config: LabConfig) -> dict[str, list[list[str]]]:
+    "Pairs of pictures in two splits, each as “split: file”: of the same content, and that look alike."
+    pairs: dict[str, list[list[str]]] = {"in_two_splits": [], "alike_in_two_splits": []}
+    look = config.data != "scenes"  # drawn scenes resemble each other
+    for copy in _copies([split.split for split in splits], [split.pixels for split in splits], look):
+        labels = [_label(splits[number].split, row) for number, row in (copy.first, copy.second)]
+        pairs["in_two_splits" if copy.same else "alike_in_two_splits"].append(labels)
     return pairs
 
 
-def _in_two_splits_text(pairs: Sequence[Sequence[str]]) -> str:
+def _label(split: CaptionSplit, row: int) -> str:
+    return f"{split.name}: {split.image_paths[row].name}"
+
+
+def _in_two_splits_text(pairs: Mapping[str, Any]) -> str:
     "What it means that pictures are in two splits, or nothing."
-    if not pairs:
+    texts = []
+    kinds = {"in_two_splits": "with the same content", "alike_in_two_splits": "alike to the eye"}
+    for kind, how in kinds.items():
+        if found := pairs[kind]:
+            many = "pictures are" if len(found) > 1 else "picture is"
+            texts.append(
+                f"{len(found):,} {many} in two splits, {how} under two names (such as "
+                f"{' and '.join(found[0])})"
+            )
+    if not texts:
         return ""
-    many = "pictures are" if len(pairs) > 1 else "picture is"
     return (
-        f"{len(pairs):,} {many} in two splits, with the same content under two names (such as "
-        f"{' and '.join(pairs[0])}): a model is measured on what it was trained on. "
-        "Delete one of the two, or give both the same split in a column split of a list."
+        f"{'; '.join(texts)}: a model is measured on what it was trained on. Delete one of the two, give "
+        "both the same split in a column split of a list, or let others take the place of the first with "
+        "--set on_copies=replace."
     )
 
 
@@ -210,7 +221,7 @@ def _describe_data(
             "known_tokens": round(share, 4),
             "unknown_words": unknown[:10],
             "replaced": sum(len(split.bad) for split in (train, val, *test)),
-            "in_two_splits": _in_two_splits([split.split for split in (train, val, *test)]),
+            **_in_two_splits((train, val, *test), config),
             "fingerprints": {s.split.name: s.split.fingerprint for s in (train, val, *test)},
         }
     }
@@ -231,11 +242,12 @@ def _data_text(config: LabConfig, results: Mapping[str, Any]) -> str:
         )
     if data["replaced"]:
         lines.append(
-            f"{data['replaced']:,} images do not decode and were left out; in a split with a fixed number of "
-            "images, the next of the seeded order stand in for them (split.json lists them)."
+            f"{data['replaced']:,} images do not decode, or are in another split, and were left out; in a "
+            "split with a fixed number of images, the next of the seeded order stand in for them "
+            "(split.json lists them)."
         )
-    if data["in_two_splits"]:
-        lines.append(f"**{_in_two_splits_text(data['in_two_splits'])}**")
+    if text := _in_two_splits_text(data):
+        lines.append(f"**{text}**")
     if data["known_tokens"] < 1:
         lines.append(
             f"The text encoder has learned {data['known_tokens']:.1%} of the tokens in the validation "
@@ -377,14 +389,14 @@ def _check_towers(config: LabConfig) -> None:
     "Raise `LabError` for towers that are not there or do not fit, and for a choice without effect."
     with torch.device("meta"):
         build_backbone(config.backbone)
-    folder = Path(config.text_model)
-    if config.text_model == "builtin" or folder.is_dir():
+    folder, package = Path(config.text_model), _is_package(config.text_model)
+    if config.text_model == "builtin" or folder.is_dir() or package:
         if "text_revision" in config.changes():
             raise LabError(
                 f"text_revision {config.text_revision!r} is a commit of a model on the Hugging Face hub, and "
                 f"text_model {config.text_model!r} is none; leave text_revision out"
             )
-        if config.text_model != "builtin" and not (folder / "config.json").is_file():
+        if config.text_model != "builtin" and not package and not (folder / "config.json").is_file():
             raise LabError(
                 f"{folder}: there is no text tower in this folder (config.json is missing); name the "
                 "folder of one, a name on the hub, or builtin"
@@ -433,8 +445,8 @@ def _prepare_and_train(
         )
     train, val, *_ = splits
     _steps_per_epoch(len(train), config)  # too few images? before a folder is made
-    if process_group.is_main and (found := _in_two_splits([split.split for split in splits])):
-        print(_in_two_splits_text(found), file=sys.stderr)
+    if process_group.is_main and (text := _in_two_splits_text(_in_two_splits(splits, config))):
+        print(text, file=sys.stderr)
     chosen = str(run or _new_run_folder(name=name)) if process_group.is_main else None
     folder = _broadcast_from_main(chosen, process_group)
     measure = _recall_columns if resumes else _recording(folder, splits, config)

@@ -228,6 +228,11 @@ class LabConfig:
         _choice("fail", "replace"),
         "a picture or a line of a list that cannot be read: stop, or take the next one",
     )
+    on_copies: str = _field(
+        "report",
+        _choice("report", "replace"),
+        "a picture that is in two splits: report it, or take the next one for the first of them",
+    )
     image_column: str | None = _field(
         None, _optional(_text()), "the column of file names in a list of your own; None: by its known names"
     )

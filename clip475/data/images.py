@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from PIL import __version__ as pillow_version
 from tqdm.auto import tqdm
@@ -513,3 +515,65 @@ def batches(order: torch.Tensor, batch_size: int, drop_last: bool = True) -> lis
         )
     parts = order.split(batch_size)
     return [rows for rows in parts if len(rows) == batch_size or not drop_last]
+
+# %% ../../nbs/lib/data/08_images.ipynb #fa435d9f
+_MOST_BITS, _LEAST_COSINE = 16, 0.93  # at most, and at least, for two pictures that look alike
+
+
+def _looks(packed: np.ndarray, chunk: int = 512) -> tuple[np.ndarray, torch.Tensor]:
+    """What pictures (N, S, S, 3) look like from afar: 128 bits each, (N, 2) uint64, and colours, (N, 768).
+
+    A bit tells whether a cell of a coarse grid is brighter than its neighbour: the difference hash, in both
+    directions. The colours are those of 16 × 16 cells without their mean, as unit vectors."""
+    step = max(1, packed.shape[1] // 56)
+    all_bits, all_colours = [], []
+    for start in range(0, len(packed), chunk):
+        few = np.array(packed[start : start + chunk, ::step, ::step])  # a copy: torch wants to write
+        small = torch.from_numpy(few).permute(0, 3, 1, 2).float()  # (n, 3, s, s)
+        grey = small.mean(1, keepdim=True)
+        wide, high = (F.interpolate(grey, size, mode="area")[:, 0] for size in ((8, 9), (9, 8)))
+        right, down = wide[:, :, 1:] > wide[:, :, :-1], high[:, 1:] > high[:, :-1]
+        bits = torch.cat([right.flatten(1), down.flatten(1)], dim=1)  # (n, 128)
+        all_bits.append(np.packbits(bits.numpy(), axis=1).view(np.uint64))
+        colours = F.interpolate(small, (16, 16), mode="area").flatten(2)
+        all_colours.append(F.normalize((colours - colours.mean(2, keepdim=True)).flatten(1)))
+    return np.concatenate(all_bits), torch.cat(all_colours)
+
+
+def _alike(one: np.ndarray, other: np.ndarray, chunk: int = 256) -> list[tuple[int, int]]:
+    "The rows of pictures of two packed arrays that look alike: copies in another size, quality or format."
+    (bits, colours), (other_bits, other_colours) = _looks(one), _looks(other)
+    pairs = []
+    for start in range(0, len(bits), chunk):
+        differing = np.bitwise_count(bits[start : start + chunk, None] ^ other_bits[None]).sum(-1)
+        for row, other_row in np.argwhere(differing <= _MOST_BITS).tolist():
+            if colours[start + row] @ other_colours[other_row] >= _LEAST_COSINE:
+                pairs.append((start + row, other_row))
+    return pairs
+
+
+class _Copy(NamedTuple):
+    "A picture that is in two splits."
+
+    first: tuple[int, int]  # number of the split, and row in it
+    second: tuple[int, int]
+    same: bool  # its files have the same content; else they look alike
+
+
+def _copies(splits: Sequence[CaptionSplit], packed: Sequence[np.ndarray], look: bool = True) -> list[_Copy]:
+    "The pictures that are in two of the splits, by content and, with `look`, by what they look like."
+    contents = [_contents(split) for split in splits]
+    found = []
+    for j in range(len(splits)):
+        for i in range(j):
+            rows = defaultdict(list)
+            for row, content in enumerate(contents[i]):
+                rows[content].append(row)
+            same = [
+                (row, other) for other, content in enumerate(contents[j]) for row in rows.get(content, ())
+            ]
+            pairs = _alike(packed[i], packed[j]) if look else []
+            alike = [(row, other) for row, other in pairs if contents[i][row] != contents[j][other]]
+            found += [_Copy((i, row), (j, other), True) for row, other in same]
+            found += [_Copy((i, row), (j, other), False) for row, other in alike]
+    return found

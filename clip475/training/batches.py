@@ -27,6 +27,7 @@ from clip475.data.images import (
     _caption_choice,
     _caption_choices,
     _captions_by_image,
+    _copies,
     batches,
     epoch_order,
     pack_images,
@@ -120,7 +121,19 @@ def _pack_splits(
         )
         splits = [split for split in found if split.name in names]
         try:
-            return splits, [pack(split) for split in splits], replaced
+            packed = [pack(split) for split in splits]
+            copies = _copies(splits, packed) if config.on_copies == "replace" and run is None else []
+            if not copies:
+                return splits, packed, replaced
+            known = {(name, image_id) for name, bad in replaced.items() for image_id, *_ in bad}
+            for (number, row), (other, other_row), _ in copies:
+                split, image_id = splits[number], int(splits[number].image_ids[row])
+                reason = f"it is in {splits[other].name} too, as {splits[other].image_paths[other_row].name}"
+                if (split.name, image_id) not in known:
+                    known.add((split.name, image_id))
+                    replaced.setdefault(split.name, []).append(
+                        (image_id, split.image_paths[row].name, reason)
+                    )
         except _BadImages as e:
             if config.on_bad == "fail" or run is not None:
                 raise
