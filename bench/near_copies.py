@@ -75,7 +75,7 @@ def main():
         found[name] = round(len(alike) / len(some), 3)
     scenes = np.stack([np.asarray(draw_scene(make_scene(42, i), 64)) for i in range(2000)])
     result = {
-        "command": "python bench/near_copies.py " + " ".join(f"--pictures {p.name}" for p in args.pictures),
+        "command": "python bench/near_copies.py " + " ".join(f"--pictures {p}" for p in args.pictures),
         "photographs": len(files),
         "size": SIZE,
         "most_bits": _MOST_BITS,
