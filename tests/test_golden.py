@@ -487,7 +487,7 @@ def test_hub_names_want_a_pinned_commit():
 
 
 def test_offline_hub_names_say_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr("clip475.data.tokens._hub_answers", lambda: False)
+    monkeypatch.setattr("clip475.data.tokens._hub_problem", lambda *about: "it is away")
     config = TINY.replace(text_model="nobody/nothing", text_revision="0123abc")
     for wrong in (
         load_text_encoder,

@@ -7,6 +7,7 @@ __all__ = ['clean_text', 'load_tokenizer', 'tokenize', 'plot_tokens']
 
 # %% ../../nbs/lib/data/09_tokens.ipynb #c36928e4
 import gzip
+import hashlib
 import html
 import importlib.util
 import json
@@ -14,6 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,7 +26,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import constants as hub
-from huggingface_hub import get_session
+from huggingface_hub import get_session, hf_hub_url
+from huggingface_hub.file_download import repo_folder_name
 from matplotlib.colors import ListedColormap
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
@@ -32,7 +35,7 @@ from transformers.utils import cached_file
 
 from ..core.config import LabConfig
 from ..core.figures import PALETTE, _wrap
-from ..core.files import LabError, _check_choice, write_text
+from ..core.files import LabError, _check_choice, _file_stamp, _note_once, write_text
 from ..core.weights import _declared_lengths, _is_package, _json_object, _package_place
 
 if TYPE_CHECKING:
@@ -162,21 +165,60 @@ def _one_line(error: BaseException, most: int = 160) -> str:
     return (str(error).strip() or type(error).__name__).split("\n")[0][:most].rstrip(". ")
 
 
-def _hub_answers() -> bool:
+_HUB_SAYS = {
+    401: "the hub answers 401: there is no such model, or it is private",
+    403: "the hub answers 403: this model is not for everybody",
+    404: "the hub answers 404: it has no such model or commit",
+    429: "the hub answers 429: too many requests, wait some minutes",
+}
+
+
+def _hub_problem(name: str, revision: str | None, file: str = "config.json") -> str:
+    "Why the hub will not give this model; empty if it will. Asked once, so that nobody waits for minutes."
     try:
-        return bool(get_session().head(hub.ENDPOINT, timeout=10).status_code)
-    except Exception:
-        return False
+        address = hf_hub_url(name, file, revision=revision, endpoint=hub.ENDPOINT)
+        status = get_session().head(address, timeout=10).status_code
+    except Exception as e:
+        return f"the hub cannot be reached: {_one_line(e)}"
+    if status < 400:
+        return ""
+    return _HUB_SAYS.get(status, f"the hub answers {status}: it does not work at the moment")
 
 
-def _from_here_or_hub(load: Callable[..., _T], use_hub: bool) -> _T:
-    "`load(local_files_only=True)`; if that fails, `use_hub` is true and the hub answers, again with the hub."
+def _from_here_or_hub(load: Callable[..., _T], hub_problem: Callable[[], str] | None) -> _T:
+    "`load(local_files_only=True)`; if that fails and the hub has no problem, again with the hub."
     try:
         return load(local_files_only=True)
     except Exception:
-        if not (use_hub and _hub_answers()):
+        if hub_problem is None:
             raise
+        if problem := hub_problem():
+            raise OSError(problem) from None
         return load(local_files_only=False)
+
+# %% ../../nbs/lib/data/09_tokens.ipynb #e53cf276
+@cache
+def _is_whole(blob: Path, stamp: tuple[int, ...]) -> bool:
+    "Whether a file of the hub's cache has the checksum that it is named by: SHA-256, or git's own."
+    if len(blob.name) == 64:
+        with blob.open("rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest() == blob.name
+    content = blob.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == blob.name
+
+
+def _remove_damaged(name: str, revision: str | None) -> None:
+    "Remove files of a hub model from the cache that are not what their checksum says."
+    if revision is None:
+        return
+    folder = repo_folder_name(repo_id=name, repo_type="model")
+    for link in (Path(hub.HF_HUB_CACHE) / folder / "snapshots" / revision).rglob("*"):
+        blob = link.resolve()
+        by_checksum = blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name)
+        if link.is_file() and by_checksum and not _is_whole(blob, _file_stamp(blob.stat())):
+            _note_once(f"{link}: it has changed since it was downloaded, and is removed to be fetched again")
+            link.unlink()
+            blob.unlink()
 
 # %% ../../nbs/lib/data/09_tokens.ipynb #c28af55b
 def _load_pretrained(
@@ -199,7 +241,9 @@ def _load_pretrained(
 
     try:
         with _quiet():
-            return _from_here_or_hub(load, bool(pinned) and online)
+            _remove_damaged(name, revision if pinned else None)
+            hub_problem = partial(_hub_problem, name, revision) if pinned and online else None
+            return _from_here_or_hub(load, hub_problem)
     except Exception as e:
         if pinned:
             raise LabError(
@@ -219,8 +263,9 @@ def _tower_file(name: str, revision: str | None, file: str) -> Path | None:
     quiet: dict[str, Any] = dict(
         _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
     )
+    _remove_damaged(name, revision if pinned else None)
     found = cached_file(source, file, local_files_only=True, **quiet, **pinned)
-    if found is None and pinned and _hub_answers():
+    if found is None and pinned and not _hub_problem(name, revision):
         found = cached_file(source, file, **quiet, **pinned)
     return Path(found) if found else None
 

@@ -7,6 +7,7 @@ __all__ = ['build_backbone']
 
 # %% ../../nbs/lib/models/03_backbones.ipynb #a72bd13c
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torchvision.models.resnet import BasicBlock
 
 from ..core.files import LabError, _check_choice
 from ..core.weights import _TIMM, _is_package, _package_place, _timm, _timm_name
-from ..data.tokens import _from_here_or_hub, _one_line, _quiet
+from ..data.tokens import _from_here_or_hub, _hub_problem, _one_line, _quiet, _remove_damaged
 
 # %% ../../nbs/lib/models/03_backbones.ipynb #bb4941fb
 def _resnet10() -> ResNet:
@@ -119,15 +120,15 @@ def _hub_weights(weights: str) -> dict:
             "name repository and commit, as in hub:timm/resnet18.a1_in1k@COMMIT"
         )
 
+    place = found["repository"], found["commit"], "model.safetensors"
+
     def load(local_files_only: bool) -> str:
-        repository, commit = found["repository"], found["commit"]
-        return hf_hub_download(
-            repository, "model.safetensors", revision=commit, local_files_only=local_files_only
-        )
+        return hf_hub_download(place[0], place[2], revision=place[1], local_files_only=local_files_only)
 
     try:
         with _quiet():
-            path = _from_here_or_hub(load, use_hub=True)
+            _remove_damaged(*place[:2])
+            path = _from_here_or_hub(load, partial(_hub_problem, *place))
     except Exception as e:
         raise LabError(
             f"backbone_weights {weights!r} are not on this machine and did not come from the hub "
