@@ -133,7 +133,8 @@ def _named_change(text: str, config: LabConfig) -> Change:
 
 # %% ../../nbs/lib/studies/07_ablation.ipynb #0d652df2
 _KEPT = {  # field: what would differ between the arms
-    **dict.fromkeys(("data", "train_images", "on_bad"), "be trained on other images"),
+    **dict.fromkeys(("data", "train_images", "on_bad", "on_copies"), "be trained on other images"),
+    **dict.fromkeys(("image_column", "caption_column"), "be trained on other captions"),
     **dict.fromkeys(("val_images", "test_images"), "be measured on another gallery"),
     **dict.fromkeys(("backbone", "backbone_weights", "start_from"), "begin with other weights"),
     **dict.fromkeys(
@@ -421,12 +422,13 @@ def _source(function: Callable | None) -> str | None:
 
 
 def _settings(config: LabConfig, changes: Mapping[str, Change], arms: list[_Arm]) -> dict[str, Any]:
+    chosen = {"preset": config.preset} | config.changes()
     described = {
         letter: {"name": change.name, "config": dict(change.config)}
         | {name: _source(getattr(change, name)) for name in _FUNCTIONS if getattr(change, name)}
         for letter, change in changes.items()
     }
-    return {"config": config.to_dict(), "changes": described, "arms": [a.name for a in arms], "version": 1}
+    return {"config": chosen, "changes": described, "arms": [a.name for a in arms], "version": 1}
 
 
 def _open_folder(folder: Path, settings: dict[str, Any]) -> None:

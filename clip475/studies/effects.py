@@ -139,7 +139,7 @@ def _named(letter: str, names: Mapping[str, str]) -> str:
 
 def _decided_sentence(effects: Mapping[str, Mapping], names: Mapping[str, str], measure: str) -> str:
     found = [
-        f"{_named(letter, names)} {effects[letter]['verdict']} {measure} by {_points(effects[letter])}"
+        f"{_named(letter, names)} {effects[letter]['verdict']} {measure}: {_points(effects[letter])}"
         for letter in names
         if effects[letter]["verdict"] != _NOTHING
     ]
