@@ -6,8 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/lib/studies/02_held_out.ipynb #5dc55d75
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,16 +24,19 @@ from transformers import PreTrainedTokenizerBase
 
 from ..core.config import LabConfig
 from ..core.devices import autocast, seed_everything
-from ..core.files import fingerprint
+from ..core.files import LabError, fingerprint
 from ..data.captions import CaptionSplit
-from ..data.drawings import _COLOURS, _KINDS
+from ..data.drawings import _COLOURS, _GROUP_OF, _KINDS
 from ..data.pixels import normalize
 from clip475.data.scenes import (
     _RELATION_WORDS,
     _RELATIONS,
     _VAL_START,
-    _WORDS,
     Scene,
+    _Caption,
+    _columns,
+    _Mention,
+    _true_of,
     caption_scene,
     make_scene,
 )
@@ -83,6 +87,114 @@ def _collect_scenes(seed: int, start: int, wanted: Mapping[str, int]) -> dict[st
             found[name].append(scene)
     return found
 
+# %% ../../nbs/lib/studies/02_held_out.ipynb #11525ab6
+_Questions = list[tuple[int, list[str]]]  # the row of a picture, and captions: the true one first
+
+_ABOUT: dict[str, Callable[[_Mention], bool]] = {  # group: whether a question can be about this mention
+    "seen": lambda mention: mention.colour is not None,
+    "colour": lambda mention: mention.colour == _HELD_COLOUR,
+    "kind": lambda mention: mention.kind == _HELD_KIND,
+    "combination": lambda mention: _held_combination(mention.kind, mention.colour),
+}
+_CHOICES = {
+    "colour": tuple(_COLOURS),
+    "kind": tuple(kind for kind in _KINDS if _GROUP_OF[kind] != "people"),  # people wear their colour
+}
+
+
+def _exchange_word(text: str, word: str, other: str) -> str | None:
+    "The text with `other` for `word` and the article that fits; None unless it has the word exactly once."
+    article = "an" if other[0] in "aeiou" else "a"
+    found = re.findall(rf"\b{word}\b", text)
+    if len(found) != 1:
+        return None
+    return re.sub(rf"\b(an? )?{word}\b", lambda hit: f"{article} {other}" if hit[1] else other, text)
+
+
+def _with_other_fact(caption: _Caption, group: str) -> list[_Caption]:
+    "The caption with the fact that `group` is about exchanged for each other value; empty if it has none."
+    fact = "kind" if group == "kind" else "colour"
+    number = next((i for i, mention in enumerate(caption.mentions) if _ABOUT[group](mention)), None)
+    if number is None:
+        return []
+    mention = caption.mentions[number]
+    word, found = getattr(mention, fact), []
+    for other in _CHOICES[fact]:
+        text = _exchange_word(caption.text, word, other)
+        if text is not None and other != word:
+            changed = replace(mention, **{fact: other})
+            if fact == "kind":
+                changed = replace(changed, group=_GROUP_OF[other])
+            mentions = tuple(changed if i == number else m for i, m in enumerate(caption.mentions))
+            found.append(replace(caption, text=text, mentions=mentions))
+    return found
+
+
+def _with_opposite_relation(caption: _Caption) -> list[_Caption]:
+    "The caption with the opposite relation; empty without a held-out relation."
+    if caption.relation not in _HELD_RELATIONS:
+        return []
+    opposite = _RELATIONS[caption.relation]
+    pairs = zip(_RELATION_WORDS[caption.relation], _RELATION_WORDS[opposite])
+    found = [(caption.text.find(f" {words} "), words, others) for words, others in pairs]
+    at, words, others = min(hit for hit in found if hit[0] >= 0)  # a place may hold such a word too, later
+    text = f"{caption.text[:at]} {others} {caption.text[at + len(words) + 2 :]}"
+    return [replace(caption, text=text, relation=opposite)]
+
+
+def _alternatives(caption: _Caption, group: str) -> list[_Caption]:
+    "The true caption first, then the same with what the group is about exchanged, if there are any."
+    caption = replace(caption, text=caption.text.lower())
+    if group == "relation":
+        return [caption, *_with_opposite_relation(caption)]
+    return [caption, *_with_other_fact(caption, group)]
+
+# %% ../../nbs/lib/studies/02_held_out.ipynb #7e774834
+def _lost_words(true: str, other: str) -> set[str]:
+    "Words that only the true caption has, articles aside."
+    lost = Counter(true.rstrip(".").split()) - Counter(other.rstrip(".").split())
+    return {word.strip(",") for word in lost} - {"a", "an"}
+
+
+def _check_question(group: str, options: Sequence[_Caption]) -> None:
+    "Raise `LabError` unless every option differs from the true caption in what the group holds out."
+    true = options[0]
+    held: dict[str, set] = {
+        "colour": {_HELD_COLOUR},
+        "kind": {_HELD_KIND},
+        "combination": {m.colour for m in true.mentions if _held_combination(m.kind, m.colour)},
+        "relation": {word for r in _HELD_RELATIONS for words in _RELATION_WORDS[r] for word in words.split()},
+    }
+    for other in options[1:]:
+        lost = _lost_words(true.text, other.text)
+        if group in held and not (lost and lost <= held[group]):
+            raise LabError(
+                f"the question {true.text!r} or {other.text!r} does not test what {group!r} holds out; "
+                "exchange a held-out word and no other"
+            )
+
+
+def _questions(
+    scenes: Sequence[Scene], captions: Sequence[_Caption], owner: np.ndarray, group_of: np.ndarray, most: int
+) -> dict[str, _Questions]:
+    "For each group at most `most` questions; an option that is also true of the picture is left out."
+    table, questions = _columns(scenes), defaultdict(list)
+    for row, caption in zip(owner, captions):
+        group = str(group_of[row])
+        if _novelty(caption) != {group} - {"seen"}:
+            continue
+        true, *others = _alternatives(caption, group)
+        options = [true, *(other for other in others if not _true_of(other, table)[row])]
+        if len(options) > 1 and len(questions[group]) < most:
+            _check_question(group, options)
+            questions[group].append((int(row), [option.text for option in options]))
+    return dict(questions)
+
+
+def _chance_of_questions(questions: Mapping[str, _Questions]) -> dict[str, float]:
+    "The share of right answers by lot, for each group."
+    return {group: mean(1 / len(options) for _, options in some) for group, some in questions.items()}
+
 # %% ../../nbs/lib/studies/02_held_out.ipynb #45b554f6
 @dataclass(frozen=True)
 class _Scale:
@@ -97,6 +209,8 @@ class _Scale:
     every: int  # steps between two measurements
     seeds: tuple[int, ...]  # of the runs of each arm
     pretrain: int  # steps of training for the backbone that all arms start with
+    rates: tuple[float, ...] = (1e-3,)  # learning rates that each arm tries; one rate needs no trial
+    tune: int = 0  # scenes for these trials, apart from training and gallery
 
     def gallery(self) -> dict[str, int]:
         "How many scenes of each group the gallery holds."
@@ -105,8 +219,8 @@ class _Scale:
 
 _SCALES = {
     "micro": _Scale(96, 16, 8, 32, 24, 2, 4, (1, 2), 4),
-    "tiny": _Scale(1280, 200, 60, 40, 64, 5, 20, (1, 2, 3), 200),
-    "full": _Scale(8000, 1000, 200, 64, 128, 6, 62, (1, 2, 3, 4, 5), 600),
+    "tiny": _Scale(1280, 200, 60, 40, 64, 5, 20, (1, 2, 3, 4, 5), 200, (1e-3, 2e-3), 200),
+    "full": _Scale(8000, 1000, 200, 64, 128, 8, 62, (1, 2, 3, 4, 5), 600, (5e-4, 1e-3, 2e-3), 500),
 }
 
 # %% ../../nbs/lib/studies/02_held_out.ipynb #0f4d7903
@@ -128,18 +242,22 @@ def _scene_split(name: str, scenes: list[Scene]) -> tuple[CaptionSplit, list]:
 
 @dataclass(frozen=True, eq=False)
 class _ExperimentData:
-    """What all runs of an experiment share: training scenes, the gallery, and what is new in it.
+    """What all runs of an experiment share: training pictures, the gallery, and what is new in it.
 
     `train.text_embeddings` holds the number of each caption instead of an embedding."""
 
     scale: _Scale
+    config: LabConfig  # of every run, up to its seed and learning rate
     train: PreparedSplit
     pixels: np.ndarray  # (N, S, S, 3) uint8, the gallery
     split: CaptionSplit  # images and captions of the gallery
-    group: np.ndarray  # (N,) the name from _NOVELTIES of each picture
+    group: np.ndarray  # (N,) the name of each picture's group
+    groups: tuple[str, ...]  # names of the groups; the first has nothing new in it
     caption_novelty: list[set[str]]  # (M,) what is new in each caption
     tokenizer: PreTrainedTokenizerBase
     train_tokens: list[torch.Tensor]  # token ids of the training captions
+    questions: dict[str, _Questions] = field(default_factory=dict)  # by group
+    tuning: tuple[np.ndarray, CaptionSplit] | None = None  # pixels and captions to choose learning rates on
     text_cache: dict = field(default_factory=dict)  # embeddings by frozen text encoders
 
     @property
@@ -148,27 +266,6 @@ class _ExperimentData:
         return fingerprint(self.train.fingerprint, self.split.fingerprint, np.asarray(self.pixels))
 
 
-def _make_data(scale: _Scale, seed: int = 42) -> _ExperimentData:
-    "The data of an experiment of this scale; the same for the same seed."
-    train_scenes = _collect_scenes(seed, 0, {"seen": scale.train})["seen"]
-    groups = _collect_scenes(seed, _VAL_START, scale.gallery())
-    gallery = [scene for scenes in groups.values() for scene in scenes]
-    train, _ = _scene_split("train", train_scenes)
-    split, captions = _scene_split("val", gallery)
-    tokenizer = load_tokenizer("builtin")
-    numbers = torch.arange(len(train.captions))
-    return _ExperimentData(
-        scale=scale,
-        train=PreparedSplit(train, _draw_all(train_scenes, scale.size), numbers),
-        pixels=_draw_all(gallery, scale.size),
-        split=split,
-        group=np.repeat(list(groups), [len(scenes) for scenes in groups.values()]),
-        caption_novelty=[_novelty(caption) for caption in captions],
-        tokenizer=tokenizer,
-        train_tokens=_token_ids(train.captions, tokenizer),
-    )
-
-# %% ../../nbs/lib/studies/02_held_out.ipynb #80ee4b92
 def _autocast_of(config: LabConfig) -> AbstractContextManager:
     "The precision of a forward pass on the CPU, as a context."
     return autocast(config, torch.device("cpu"))
@@ -183,11 +280,49 @@ def _arm_config(scale: _Scale, seed: int, backbone: str | Path | None = None) ->
         image_size=scale.size,
         batch_size=scale.batch,
         epochs=scale.epochs,
+        learning_rate=scale.rates[0],
         seed=seed,
         backbone_weights=None if backbone is None else str(backbone),
     )
 
 
+_TUNE_START = 2 * _VAL_START  # index of the first scene on which learning rates are chosen
+
+
+def _tuning_scenes(scale: _Scale, seed: int) -> tuple[np.ndarray, CaptionSplit] | None:
+    "Pixels and captions of scenes with nothing new in them, on which each arm chooses its learning rate."
+    if not scale.tune:
+        return None
+    scenes = _collect_scenes(seed, _TUNE_START, {"seen": scale.tune})["seen"]
+    return _draw_all(scenes, scale.size), _scene_split("tune", scenes)[0]
+
+
+def _make_data(scale: _Scale, seed: int = 42, backbone: str | Path | None = None) -> _ExperimentData:
+    "The data of an experiment of this scale; the same for the same seed."
+    train_scenes = _collect_scenes(seed, 0, {"seen": scale.train})["seen"]
+    groups = _collect_scenes(seed, _VAL_START, scale.gallery())
+    gallery = [scene for scenes in groups.values() for scene in scenes]
+    group_of = np.repeat(list(groups), [len(scenes) for scenes in groups.values()])
+    train, _ = _scene_split("train", train_scenes)
+    split, captions = _scene_split("val", gallery)
+    tokenizer = load_tokenizer("builtin")
+    numbers = torch.arange(len(train.captions))
+    return _ExperimentData(
+        scale=scale,
+        config=_arm_config(scale, seed, backbone),
+        train=PreparedSplit(train, _draw_all(train_scenes, scale.size), numbers),
+        pixels=_draw_all(gallery, scale.size),
+        split=split,
+        group=group_of,
+        groups=_NOVELTIES,
+        caption_novelty=[_novelty(caption) for caption in captions],
+        tokenizer=tokenizer,
+        train_tokens=_token_ids(train.captions, tokenizer),
+        questions=_questions(gallery, captions, split.caption_image, group_of, 2 * scale.held),
+        tuning=_tuning_scenes(scale, seed),
+    )
+
+# %% ../../nbs/lib/studies/02_held_out.ipynb #80ee4b92
 def _kind_pictures(scale: _Scale, seed: int = 7) -> tuple[np.ndarray, torch.Tensor]:
     "Pictures (N, S, S, 3) of one thing each, and the number of its kind, (N,)."
     count = scale.batch * max(4, scale.pretrain // 8)
@@ -219,45 +354,6 @@ def _pretrain_backbone(
         optimizer.step()
         losses.append(loss.item())
     return backbone.state_dict(), mean(losses[-10:])
-
-# %% ../../nbs/lib/studies/02_held_out.ipynb #7df8bcc8
-def _exchange_relation(text: str) -> list[str] | None:
-    "A caption and the same with the opposite relation; None without a held-out relation."
-    for relation in _HELD_RELATIONS:
-        for words, opposite in zip(_RELATION_WORDS[relation], _RELATION_WORDS[_RELATIONS[relation]]):
-            if f" {words} " in text:
-                return [text, text.replace(f" {words} ", f" {opposite} ")]
-    return None
-
-
-def _exchange_word(text: str, targets: Iterable[str], choices: Iterable[str]) -> list[str] | None:
-    "A caption and the same with the first of `targets` in it exchanged for each other word of `choices`."
-    for word in targets:
-        if word in text.split():
-            return [text, *(text.replace(word, other) for other in choices if other != word)]
-    return None
-
-
-def _alternatives(caption: str, novelty: str) -> list[str] | None:
-    "The true caption first, then the same with one word exchanged; None if it has no such word."
-    text = caption.lower()
-    if novelty == "relation":
-        return _exchange_relation(text)
-    if novelty == "kind":
-        return _exchange_word(text, [_HELD_KIND], [kind for kind in _KINDS if _WORDS[kind][0] == kind])
-    return _exchange_word(text, _COLOURS, _COLOURS)
-
-
-def _questions(data: _ExperimentData) -> dict[str, list[tuple[int, list[str]]]]:
-    "For each group: pictures of the gallery, each with its true caption and the alternatives."
-    questions = defaultdict(list)
-    captions = zip(data.split.caption_image, data.split.captions, data.caption_novelty)
-    for row, text, novelty in captions:
-        group = data.group[row]
-        options = _alternatives(text, group)
-        if options and novelty == ({group} - {"seen"}):
-            questions[group].append((int(row), options))
-    return {group: some[: 2 * data.scale.held] for group, some in questions.items()}
 
 # %% ../../nbs/lib/studies/02_held_out.ipynb #1d93d26e
 def _probe_captions(data: _ExperimentData, most: int = 128) -> dict[str, list[str]]:
