@@ -317,7 +317,7 @@ def _search_photographs() -> tuple[list[dict[str, Any]], str]:
 
 def _demo(args: argparse.Namespace) -> tuple[Any, str | None]:
     config = _config_of(args)
-    photographs = []
+    photographs: list[dict[str, Any]] = []
     if int(os.environ.get("RANK", 0)) == 0:
         photographs, lines = _search_photographs()
         if not args.json:

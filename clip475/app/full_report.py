@@ -207,11 +207,11 @@ def _loss_problems(steps: pd.DataFrame, metrics: pd.DataFrame, config: LabConfig
     lines = [f"{broken:,} of {len(steps):,} steps have a loss that is NaN or infinite."]
     if config.loss != "siglip" and metrics.train_loss.iloc[-1] >= math.log(config.batch_size):
         lines.append("The training loss ends above ln B, the loss of a model that has learned nothing.")
-    best = metrics.val_loss.idxmin()
-    if metrics.val_loss.iloc[-1] > metrics.val_loss[best]:
+    best = int(metrics.val_loss.to_numpy().argmin())  # the row
+    if metrics.val_loss.iloc[-1] > metrics.val_loss.iloc[best]:
         lines.append(
-            f"The validation loss is lowest after epoch {metrics.epoch[best]:.0f} "
-            f"({metrics.val_loss[best]:.3f}) "
+            f"The validation loss is lowest after epoch {metrics.epoch.iloc[best]:.0f} "
+            f"({metrics.val_loss.iloc[best]:.3f}) "
             f"and ends higher ({metrics.val_loss.iloc[-1]:.3f})."
         )
     return lines
@@ -219,9 +219,9 @@ def _loss_problems(steps: pd.DataFrame, metrics: pd.DataFrame, config: LabConfig
 
 def _gradient_problems(steps: pd.DataFrame, metrics: pd.DataFrame) -> list[str]:
     "The largest gradient beside the usual one, and steps that were clipped or skipped."
-    largest = steps.gradient_norm.idxmax()
+    largest = int(steps.gradient_norm.to_numpy().argmax())  # the row
     lines = [
-        f"The largest gradient norm is {steps.gradient_norm[largest]:.2f}, in step {steps.step[largest]:,}; "
+        f"The largest gradient norm is {steps.gradient_norm.iloc[largest]:.2f}, in step {steps.step.iloc[largest]:,}; "
         f"the median is {steps.gradient_norm.median():.2f}."
     ]
     for column, what in (("clipped_steps", "had a clipped gradient"), ("skipped_steps", "were skipped")):

@@ -198,7 +198,7 @@ def _code_part(code: Iterable[str | Path]) -> tuple[_Entries, list[_Part]]:
     "The library, and the student's own notebooks and modules."
     package = Path(clip475.__file__).resolve().parent
     entries: _Entries = dict(_files_below(package))
-    own = {}
+    own: _Entries = {}
     for place in map(Path, code):
         found = {f"code/{name}": file for name, file in _files_below(place)}
         if not found:
@@ -229,7 +229,7 @@ def _needed(config: LabConfig) -> list[str]:
     versions = {re.sub(r"[-_.]+", "-", name).lower(): p.version for name, p in _installed().items()}
     lines = {}
     for line in asked:
-        name = re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", line)[0]).lower()
+        name = re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", line, maxsplit=1)[0]).lower()
         wanted = "extra ==" not in line or (photos and re.search(r"extra == .photos", line))
         if wanted and name in versions:
             lines[name] = f"{name}=={versions[name].split('+')[0]}"  # PyPI has no torch 2.9+cu128
@@ -242,7 +242,8 @@ def _licence_of(package: importlib.metadata.Distribution) -> str:
     classifiers = [
         c.split(" :: ")[-1] for c in about.get_all("Classifier") or () if c.startswith("License ::")
     ]
-    stated = about.get("License-Expression") or ", ".join(classifiers) or about.get("License") or "not stated"
+    named = {key: about[key] for key in ("License-Expression", "License") if key in about}
+    stated = named.get("License-Expression") or ", ".join(classifiers) or named.get("License") or "not stated"
     return stated.strip().splitlines()[0][:80].replace("|", "/")
 
 

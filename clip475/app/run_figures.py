@@ -151,7 +151,7 @@ def _matrix_figures(
     order = _similar_first(image_embeddings, seed)
     near = order[:zoom]
     single = val.text_embeddings[_captions_of(near, val)] @ image_embeddings[near].T
-    names = {"label": "cosine similarity", "ylabel": "captions, in the order of their images"}
+    names: dict[str, Any] = {"label": "cosine similarity", "ylabel": "captions, in the order of their images"}
     means = _block_means(image_embeddings, val, order)
     all_images = f"{len(val):,} images in {len(means)} blocks, similar ones side by side"
     return {
