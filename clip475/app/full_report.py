@@ -221,7 +221,8 @@ def _gradient_problems(steps: pd.DataFrame, metrics: pd.DataFrame) -> list[str]:
     "The largest gradient beside the usual one, and steps that were clipped or skipped."
     largest = int(steps.gradient_norm.to_numpy().argmax())  # the row
     lines = [
-        f"The largest gradient norm is {steps.gradient_norm.iloc[largest]:.2f}, in step {steps.step.iloc[largest]:,}; "
+        f"The largest gradient norm is {steps.gradient_norm.iloc[largest]:.2f}, "
+        f"in step {steps.step.iloc[largest]:,}; "
         f"the median is {steps.gradient_norm.median():.2f}."
     ]
     for column, what in (("clipped_steps", "had a clipped gradient"), ("skipped_steps", "were skipped")):

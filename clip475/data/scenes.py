@@ -426,7 +426,7 @@ def _all_facts(scene: Scene) -> tuple[Any, ...]:
 
 
 def _new_to(train: int, seed: int) -> Iterator[int]:
-    "Indices from `_VAL_START` on of the scenes that share not all facts with one of the `train` first scenes."
+    "Indices from `_VAL_START` on of scenes without all facts of one of the first `train` scenes."
     seen = {_all_facts(make_scene(seed, i)) for i in range(train)}
     return (i for i in itertools.count(_VAL_START) if _all_facts(make_scene(seed, i)) not in seen)
 
