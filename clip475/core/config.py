@@ -148,6 +148,14 @@ _FOLLOWS: dict[str, tuple[set[str], Callable[[str], dict[str, Any]]]] = {  # fro
 }
 
 
+# Fields that transformers reads in a config.json. Without them, its dual encoders took the folder of a run
+# for their own and began with random weights; a text in place of `vision_config` makes them refuse.
+_FOR_TRANSFORMERS = {
+    "model_type": "clip475",
+    "vision_config": "a run of clip475, for clip475.load; transformers has no class for it",
+}
+
+
 @dataclass(frozen=True)
 class LabConfig:
     """All choices of one run: `from_preset` starts from a named set, `replace` changes single fields.
@@ -319,7 +327,7 @@ class LabConfig:
 
     def save(self, path: str | os.PathLike) -> None:
         "Write all fields to a JSON file."
-        write_json(path, self.to_dict())
+        write_json(path, self.to_dict() | _FOR_TRANSFORMERS)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Self:
@@ -327,6 +335,8 @@ class LabConfig:
         fields = read_json(path)
         if not isinstance(fields, dict):
             raise LabError(f'{path}: a configuration is one JSON object, for example {{"preset": "tiny"}}')
+        for name in _FOR_TRANSFORMERS:
+            fields.pop(name, None)
         try:
             return cls.from_preset(fields.pop("preset", "tiny"), **fields)
         except LabError as e:
