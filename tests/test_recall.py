@@ -379,7 +379,10 @@ def test_interval_is_reproducible_ordered_and_over_images():
         == bootstrap_interval(found, owner, ks=(1, 10))
         != bootstrap_interval(found, owner, ks=(1, 10), seed=1)
     )
-    assert interval["R@10"] == [1, 1] and interval["R@1"][0] < 0.5 < interval["R@1"][1]
+    assert interval["R@10"] == pytest.approx([0.025 ** (1 / 20), 1])  # all 20 images succeed
+    nothing = bootstrap_interval(torch.full((60,), 99), owner, ks=(1,))["R@1"]
+    assert nothing == pytest.approx([0, 1 - 0.025 ** (1 / 20)])
+    assert interval["R@1"][0] < 0.5 < interval["R@1"][1]
     alone = bootstrap_interval(found[::3], owner[::3], ks=(1,))["R@1"]
     assert interval["R@1"] == alone  # three queries that succeed together are one
     spread = np.std(np.random.default_rng(0).binomial(20, 0.5, 10**5) / 20) * 1.96

@@ -256,5 +256,7 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
         _, low, high = mean_interval(generator.random(200) < 0.3, draws=1000, seed=i)
         held += low <= 0.3 <= high
     assert 0.90 <= held / 300 <= 0.98
-    assert mean_interval([1, 1, 1]) == (1, 1, 1)
+    assert mean_interval([1] * 20) == pytest.approx((1, 20 / (20 + 1.959964**2), 1))  # Wilson 1927
+    assert mean_interval([0] * 20)[1:] == pytest.approx((0, 1 - 20 / (20 + 1.959964**2)))
+    assert mean_interval([2, 2, 2]) == (2, 2, 2)
     error_message("no values", mean_interval, [])

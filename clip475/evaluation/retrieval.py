@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy.stats import binomtest
 
 from ..core.files import LabError
 from clip475.evaluation.ranks import (
@@ -231,7 +232,8 @@ def bootstrap_interval(
 
     `ranks` `(Q,)` as `ranks` gives them and `owner` `(Q,)` the image row of each query. **Images** are
     drawn, each with all of its queries, since those are not independent. The gallery stays. The same seed
-    gives the same interval."""
+    gives the same interval. A recall of 0 or 1 has the exact interval of a proportion of the images instead
+    (Clopper and Pearson 1934)."""
     for k in ks:
         _check_k(k)
     rank_of = _as_tensor(ranks)
@@ -242,6 +244,10 @@ def bootstrap_interval(
     n, rng = len(table), np.random.default_rng(seed)
     totals = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) @ table for _ in range(samples)])
     ends = np.quantile(totals[:, :-1] / totals[:, -1:], [(1 - level) / 2, (1 + level) / 2], axis=0)
+    for i, hits in enumerate(table[:, :-1].sum(0)):
+        if hits in (0, table[:, -1].sum()):
+            exact = binomtest(n if hits else 0, n).proportion_ci(confidence_level=level, method="exact")
+            ends[:, i] = exact.low, exact.high
     return {f"R@{k}": ends[:, i].tolist() for i, k in enumerate(ks)}
 
 # %% ../../nbs/lib/evaluation/02_retrieval.ipynb #48363864

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from scipy.stats import binomtest
 
 from ..core.figures import _QUIET, PALETTE
 from ..core.files import LabError, _check_choice
@@ -96,13 +97,17 @@ def classify(
 
 # %% ../../nbs/lib/evaluation/04_zeroshot.ipynb #1b44c31e
 def mean_interval(values: Any, draws: int = 5000, seed: int = 475) -> tuple[float, float, float]:
-    """Mean of `values` (N,) and its 95 % bootstrap interval over the rows.
+    """Mean of `values` (N,) and its 95 % interval: `(mean, low, high)`, the same for the same seed.
 
-    `(mean, low, high)`, the same for the same seed."""
+    Wilson's interval (1927) where all values are 0 or 1, else the percentile bootstrap over the rows."""
     different, counts = np.unique(np.asarray(values, float), return_counts=True)
     if not len(different):
         raise LabError("there are no values to average; give at least one")
     n = counts.sum()
+    if set(different.tolist()) <= {0.0, 1.0}:
+        hits = int(different @ counts)
+        interval = binomtest(hits, int(n)).proportion_ci(method="wilson")
+        return hits / int(n), float(interval.low), float(interval.high)
     drawn = np.random.default_rng(seed).multinomial(n, counts / n, draws)
     low, high = np.quantile(drawn @ different / n, [0.025, 0.975])
     return float(different @ counts / n), float(low), float(high)
