@@ -196,7 +196,7 @@ def test_the_grammar_of_articles_and_numbers():
 
 def test_no_validation_scene_has_all_facts_of_a_training_scene(tmp_path, monkeypatch):
     monkeypatch.setattr("clip475.data.scenes.draw_scene", lambda scene, size: Image.new("RGB", (8, 8)))
-    root = write_scenes(tmp_path / "scenes", train=1500, val=100, progress=False)
+    root = write_scenes(tmp_path / "scenes", train=800, val=100, progress=False)
     train, val = ([scene for scene, _ in load_truth(root, name).values()] for name in ("train", "val"))
     first = [make_scene(42, _VAL_START + i) for i in range(100)]
 
