@@ -78,6 +78,7 @@ _REASONS = {
     "captions_per_image": "one of the five in each step",
     "caption_choice": "one of the five, drawn anew in every epoch",
     "micro_batch": "smaller if a batch does not fit into the memory; same gradients",
+    "on_copies": "a picture in two splits must not go unnoticed",
     "image_column": "only for a list with columns of one's own",
     "caption_column": "only for a list with columns of one's own",
     "freeze_batchnorm": "the specification trains the whole ResNet50",
