@@ -225,7 +225,9 @@ def _parts_of(claim: _Claim, result: dict[str, Any]) -> pd.DataFrame:
     rows = []
     for part in (_Part(claim.quantity, claim.pick), *claim.parts):
         middle, low, high = _difference(result, claim.arm, claim.other, part.pick)
-        means = {arm: round(100 * _average(result, arm, part.pick), 1) for arm in (claim.arm, claim.other)}
+        means: dict[str, Any] = {
+            arm: round(100 * _average(result, arm, part.pick), 1) for arm in (claim.arm, claim.other)
+        }
         interval = {"difference": _points(middle), "95 %": f"{_points(low)} to {_points(high)}"}
         rows.append({"part": part.name} | means | interval)
     return pd.DataFrame(rows).set_index("part")
@@ -300,7 +302,7 @@ def _family(result: dict[str, Any]) -> tuple[_Claim, ...]:
     """The claims about freezing, for scenes or for photographs.
 
     Where there are questions about what training left out, they test generalisation, else recall does."""
-    first = next(iter(result["results"]), {"final": {}})
+    first: dict[str, Any] = next(iter(result["results"]), {"final": {}})
     groups = _new_groups(first)
     asked = any("choice" in first["final"][group] for group in groups)
     what, pick, measure = (
@@ -418,7 +420,7 @@ def verdicts(result: dict[str, Any], memory: dict[str, Any] | None = None) -> pd
     }
     if memory:
         rows["2 memory and speed"] = _memory_row(memory)
-    return pd.DataFrame({name: rows[name] for name in sorted(rows, key=lambda name: name[0])}).T
+    return pd.DataFrame({name: rows[name] for name in sorted(rows, key=lambda name: str(name)[0])}).T
 
 # %% ../../nbs/lib/studies/05_claims.ipynb #f339d57c
 def _plot_tradeoff(

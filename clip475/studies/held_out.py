@@ -122,7 +122,8 @@ def _with_other_fact(caption: _Caption, group: str) -> list[_Caption]:
     for other in _CHOICES[fact]:
         text = _exchange_word(caption.text, word, other)
         if text is not None and other != word:
-            changed = replace(mention, **{fact: other})
+            change: dict[str, Any] = {fact: other}
+            changed = replace(mention, **change)
             if fact == "kind":
                 changed = replace(changed, group=_GROUP_OF[other])
             mentions = tuple(changed if i == number else m for i, m in enumerate(caption.mentions))
@@ -178,7 +179,8 @@ def _questions(
     scenes: Sequence[Scene], captions: Sequence[_Caption], owner: np.ndarray, group_of: np.ndarray, most: int
 ) -> dict[str, _Questions]:
     "For each group at most `most` questions; an option that is also true of the picture is left out."
-    table, questions = _columns(scenes), defaultdict(list)
+    table = _columns(scenes)
+    questions: dict[str, _Questions] = defaultdict(list)
     for row, caption in zip(owner, captions):
         group = str(group_of[row])
         if _novelty(caption) != {group} - {"seen"}:
