@@ -36,7 +36,7 @@ demo: $(VENV)/.installed
 test: dev lint
 	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && export TMPDIR="$$tmp" && set -x \
 	&& $(BIN)/nbdev_test --n_workers 2 --path nbs \
-	&& OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/browser --numprocesses 2 --dist loadfile $(ARGS)
+	&& OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/browser --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: dev
 	$(BIN)/ruff check --quiet nbs clip475 tests bench tools

@@ -12,7 +12,7 @@ from processes import finished
 ROOT = Path(__file__).resolve().parents[1]
 
 # One process imports everything once and forks a child for each attempt:
-# twenty starts of Python would take minutes.
+# ten starts of Python would take minutes.
 SCRIPT = """
 import io, json, os, random, signal, sys, threading, traceback
 from pathlib import Path
@@ -146,7 +146,7 @@ print(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="needs fork")
-def test_killed_at_twenty_moments(tmp_path):
+def test_killed_at_ten_moments(tmp_path):
     (tmp_path / "kill.py").write_text(SCRIPT)
     environment = os.environ | {
         "CLIP475_CACHE": str(tmp_path / "cache"),
@@ -155,11 +155,11 @@ def test_killed_at_twenty_moments(tmp_path):
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }
-    done = finished([sys.executable, str(tmp_path / "kill.py"), str(tmp_path), "475", "20"], env=environment)
+    done = finished([sys.executable, str(tmp_path / "kill.py"), str(tmp_path), "475", "10"], env=environment)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["exit"] == 0, (found, done.stderr[-2000:])
-    assert found["kills"] >= 12 and found["while writing"] >= 5, found
-    assert len(set(found["at"])) >= 10, found  # at many different steps
+    assert found["kills"] >= 6 and found["while writing"] >= 2, found
+    assert len(set(found["at"])) >= 5, found  # at many different steps
     for what in ("best model", "last model", "average", "optimizer", "metrics", "steps"):
         assert found[what], (what, found)
     assert found["left over"] == 0 and found["checkpoints"] == 2, found
