@@ -22,9 +22,11 @@ from clip475.app.hand_in import hand_in
 from clip475.app.report import evaluate_run, run_lab
 from clip475.core.config import LabConfig
 from clip475.core.files import LabError
+from clip475.studies.ablation import run_ablation
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as OMP_NUM_THREADS in the processes: the same bits
 TINY = {"epochs": 1, "batch_size": 16, "image_size": 32, "head_hidden": 64}
+KEPT = Path(__file__).parents[1] / "results" / "ablation_photos.json"
 STUDENTS = "20123456,20654321"
 TOP = "20123456-20654321"
 
@@ -94,6 +96,8 @@ def test_the_zip_has_all_parts(unpacked):
     run/config.json run/model.safetensors run/metrics.csv run/steps.csv run/split.json run/results.json
     run/figures/loss.png run/figures/similarity_all.png run/figures/queries.png clip475/__main__.py"""
     assert not [name for name in wanted.split() if not (unpacked / name).is_file()]
+    about = json.loads((unpacked / "run" / "config.json").read_text("utf-8"))
+    assert about["model_type"] == "clip475" and about["vision_config"]  # transformers refuses the folder
     assert not [p for p in unpacked.rglob("*") if "__pycache__" in p.parts or p.suffix == ".pt"]
 
 
@@ -248,19 +252,41 @@ def test_a_new_report_keeps_the_answers(copy, place, monkeypatch):
     assert _answers(Path(done["markdown"]).read_text("utf-8")) == before and done["gaps"] == []
 
 
-def test_an_ablation_gets_its_tables(copy, place, tmp_path, monkeypatch):
+def test_a_real_ablation_is_in_the_report_and_in_the_hand_in(copy, place, tmp_path, monkeypatch):
+    "Tables with words instead of Python's braces, and the next report has them too."
     monkeypatch.setenv("CLIP475_CACHE", str(place / "cache"))
-    effect = {"estimate": 0.02, "low": 0.01, "high": 0.03, "verdict": "improves"}
-    arms = {"none": {"t2i_R@1": [0.1, 0.2]}, "A": {"t2i_R@1": [0.2, 0.3]}}
-    study = {"arms": arms, "effects": {"A": effect}, "equal": ["seed"], "differs": []}
-    (tmp_path / "ablation.json").write_text(json.dumps(study))
-    done = report_run(copy, out=tmp_path / "r.md", ablation=tmp_path, pdf=False, progress=False)
-    text = Path(done["markdown"]).read_text("utf-8")
-    assert "| A | +2.0 | +1.0 to +3.0 | improves |" in text and "| none | 2 | 15.0 ± 5.0 |" in text
+    config = LabConfig.from_preset("tiny", train_images=32, val_images=24, **TINY)
+    found = run_ablation(config, {"A": "augment=flip"}, tmp_path / "study", seeds=2, progress=False)
+    done = report_run(copy, out=tmp_path / "r.md", ablation=tmp_path / "study", pdf=False, progress=False)
+    text = Path(done["markdown"]).read_text(encoding="utf-8")
+    section = text[text.index("## Ablation study") : text.index("## Discussion")]
+    assert all(sentence in section for sentence in [*found["sentences"], found["power"]])
+    assert "| A | augment=flip |" in section and "| gallery and queries | 24 images" in section
+    assert "{" not in section and "'" not in section
     assert "](run/figures/loss.png)" in text  # the links lead to the run from where the report is
-    (tmp_path / "ablation.json").write_text('{"arms": 3}')
+    again = report_run(copy, pdf=False, progress=False)  # without --ablation
+    assert found["power"] in Path(again["markdown"]).read_text(encoding="utf-8")
+    with ZipFile(hand_in(copy, STUDENTS, out=tmp_path / "in.zip", draft=True)["zip"]) as archive:
+        assert json.loads(archive.read(f"{TOP}/run/ablation.json"))["arms"] == found["arms"]
+        assert f"{TOP}/run/figures/ablation.png" in archive.namelist()
+
+
+@pytest.mark.skipif(not KEPT.is_file(), reason="the kept results are not here")
+def test_the_kept_ablation_on_photographs_gets_its_tables(copy, place, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIP475_CACHE", str(place / "cache"))
+    done = report_run(copy, out=tmp_path / "r.md", ablation=KEPT, pdf=False, progress=False)
+    text = Path(done["markdown"]).read_text(encoding="utf-8")
+    kept = json.loads(KEPT.read_text(encoding="utf-8"))
+    assert all(sentence in text for sentence in kept["sentences"]) and "| 1,000 images" in text
+
+
+@pytest.mark.parametrize("content", ['{"arms": 3}', "[]", '{"arms": {}, "effects": {}}'])
+def test_another_file_is_not_taken_for_an_ablation(copy, place, tmp_path, monkeypatch, content):
+    monkeypatch.setenv("CLIP475_CACHE", str(place / "cache"))
+    (tmp_path / "ablation.json").write_text(content)
     with pytest.raises(LabError, match="is no ablation"):
         report_run(copy, out=tmp_path / "r.md", ablation=tmp_path, pdf=False, progress=False)
+    assert not (copy / "ablation.json").exists()
 
 
 def test_a_foreign_file_is_not_written_over(copy):

@@ -43,7 +43,7 @@ from clip475.app.report import (
 from .run_figures import _matrix_figures, _run_id, _save_figures, _similarity_means
 from ..core.config import LabConfig
 from ..core.figures import _GalleryRow, plot_gallery
-from ..core.files import LabError, _atomic_path, fingerprint, read_json, write_text
+from ..core.files import LabError, _atomic_path, fingerprint, read_json, write_json, write_text
 from ..data.pixels import load_image
 from ..data.tokens import load_tokenizer
 from ..evaluation.mistakes import _RULES
@@ -52,6 +52,7 @@ from ..evaluation.zeroshot import class_embeddings, classify
 from ..models.joint import DualEncoder, parameter_table
 from ..models.tables import _markdown_table
 from ..searching.index import SearchIndex
+from ..studies.ablation import _plot_ablation, _sections
 from ..training.batches import PreparedSplit
 
 # %% ../../nbs/lib/app/09_full_report.ipynb #72fe5e6d
@@ -315,45 +316,8 @@ def _classes_text(run: _Run, classes: Sequence[str]) -> list[str]:
         return [f"No class was given: {error}."]
 
 # %% ../../nbs/lib/app/09_full_report.ipynb #4dacc6e7
-def _per_seed(recalls: Any) -> dict[str, list[float]]:
-    "Recall by name, with a list of one number for each seed, from either order of nesting."
-    if isinstance(recalls, list):
-        recalls = {str(i): row for i, row in enumerate(recalls)}
-    if all(isinstance(value, list) for value in recalls.values()):
-        return {name: [float(x) for x in values] for name, values in recalls.items() if "R@" in name}
-    seeds = [seed for seed in recalls.values() if isinstance(seed, Mapping)]
-    names = [name for name in (seeds[0] if seeds else {}) if "R@" in name]
-    return {name: [float(seed[name]) for seed in seeds] for name in names}
-
-
-def _arm_table(arms: Mapping[str, Any]) -> str:
-    rows = []
-    for arm, recalls in arms.items():
-        row: dict[str, str | int] = {"arm": arm}
-        for name, values in _per_seed(recalls).items():
-            row |= {
-                "seeds": len(values),
-                f"{name} %": f"{100 * np.mean(values):.1f} ± {100 * np.std(values):.1f}",
-            }
-        rows.append(row)
-    return _markdown_table(pd.DataFrame(rows).fillna(""))
-
-
-def _effect_table(effects: Mapping[str, Any]) -> str:
-    rows = [
-        {
-            "effect": name,
-            "difference in points": f"{100 * effect['estimate']:+.1f}",
-            "95 % interval": f"{100 * effect['low']:+.1f} to {100 * effect['high']:+.1f}",
-            "verdict": str(effect.get("verdict", "")),
-        }
-        for name, effect in effects.items()
-    ]
-    return _markdown_table(pd.DataFrame(rows))
-
-
 def _ablation_text(file: Path | None, run: Path) -> list[str]:
-    "The tables of an ablation and its picture, or a gap."
+    "The page of an ablation and its picture, or a gap; the run folder keeps a copy for the next report."
     if file is None:
         asks = (
             "Which two modifications did you try, and why these?",
@@ -365,19 +329,19 @@ def _ablation_text(file: Path | None, run: Path) -> list[str]:
         ]
     found = read_json(file)
     try:
-        parts = [_arm_table(found["arms"]), _effect_table(found["effects"])]
+        sections = _sections(found)
+        figure = _plot_ablation(found, {letter: c["name"] for letter, c in found["changes"].items()})
     except (KeyError, TypeError, AttributeError, ValueError):
         raise LabError(f"{file}: this is no ablation of clip475; write one with clip475 ablate") from None
-    parts.insert(0, "Mean and standard deviation over the seeds; the effects are paired by seed.")
-    for key, words in (("equal", "Equal in all arms"), ("differs", "Different")):
-        if found.get(key):
-            parts.append(f"{words}: {', '.join(map(str, found[key]))}.")
-    parts += [str(sentence) for sentence in found.get("sentences", ())]
-    picture = file.with_name("ablation.png")
-    if picture.is_file():
-        with _atomic_path(run / "figures" / "ablation.png") as part:
-            shutil.copyfile(picture, part)
-        parts.append("![Effects with their intervals](figures/ablation.png)")
+    _save_figures({"ablation": figure}, run)
+    write_json(run / "ablation.json", found)
+    parts = [
+        f"The arms are trainings of their own, {len(found['seeds'])} seeds each; none of them is this run.",
+        "![Recall of each arm with its seeds, and the effects with 95 % intervals](figures/ablation.png)",
+    ]
+    for heading, blocks in sections:
+        tables = [_markdown_table(b.astype(str)) if isinstance(b, pd.DataFrame) else b for b in blocks]
+        parts += [f"### {heading}", *tables]
     asks = (
         "Which of these differences would you build on, and which may be noise?",
         "Do the two modifications help each other? Explain the interaction.",

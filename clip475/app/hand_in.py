@@ -19,7 +19,7 @@ from PIL import Image
 import clip475
 from .full_report import _open_gaps, _pictures, _read_report, _to_html
 from .run_figures import _run_id
-from ..core.config import LabConfig
+from ..core.config import _FOR_TRANSFORMERS, LabConfig
 from ..core.files import LabError, _atomic_path, _to_json, read_json
 
 # %% ../../nbs/lib/app/10_hand_in.ipynb #e9f93338
@@ -105,7 +105,9 @@ def _portable(config: LabConfig) -> tuple[dict[str, Any], _Entries]:
 def _run_part(run: Path, run_id: str) -> tuple[_Entries, list[_Part]]:
     "The files of the run, and what the checklist says of them."
     fields, entries = _portable(LabConfig.load(run / "config.json"))
-    entries["run/config.json"] = _to_json(fields) + "\n"
+    entries["run/config.json"] = _to_json(fields | _FOR_TRANSFORMERS) + "\n"
+    if (run / "ablation.json").is_file():
+        entries["run/ablation.json"] = run / "ablation.json"
     missing = []
     for name in ("model.safetensors", "metrics.csv", "steps.csv", "split.json"):
         if (run / name).is_file():
