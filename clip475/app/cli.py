@@ -578,7 +578,7 @@ _VERBS = (
     ),
     _Verb("report", "write the full report of a run, with gaps to fill", _report, _OLD_RUN + _REPORT),
     _Verb("handin", "write the zip that the assignment asks for", _hand_in, _HAND_IN),
-    _Verb("frozen", "compare ways to freeze the model (about ten minutes)", _frozen, _NEW_RUN + _FROZEN),
+    _Verb("frozen", "compare ways to freeze the model (hours on a CPU)", _frozen, _NEW_RUN + _FROZEN),
     _Verb("ablate", "train with and without some changes, and compare", _ablate, _CONFIGURATION + _ABLATE),
     _Verb("params", "count the parameters, trainable and frozen", _params, _CONFIGURATION),
     _Verb("course", "write the notebooks of the course into a folder", _course, _FOLDER),
@@ -605,6 +605,11 @@ def _add_verb(commands: Any, verb: _Verb) -> None:
     for names, settings in verb.options:
         parser.add_argument(*names, **settings)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="keep prepared data here (default: $CLIP475_CACHE, or the user's cache)",
+    )
     parser.set_defaults(function=verb.function)
 
 
@@ -644,6 +649,21 @@ def _explain(error: BaseException) -> str | None:
     return None
 
 
+@contextmanager
+def _cache_in(folder: str | None) -> Iterator[None]:
+    "Keep prepared data in `folder` during the block, in processes that are started there too."
+    before = os.environ.get("CLIP475_CACHE")
+    if folder:
+        os.environ["CLIP475_CACHE"] = str(Path(folder).expanduser().resolve())
+    try:
+        yield
+    finally:
+        if folder and before is None:
+            del os.environ["CLIP475_CACHE"]
+        elif folder:
+            os.environ["CLIP475_CACHE"] = str(before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The `clip475` command; `argv` are its arguments, by default those of the process.
 
@@ -653,7 +673,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _stop_on_sigterm():
             args = _parser().parse_args(argv)
             _check_torch()
-            result, text = args.function(args)
+            with _cache_in(args.cache):
+                result, text = args.function(args)
         if result is not None:
             _write(_as_json(result) if args.json else _visible(str(text), keep="\n"))
     except (LabError, ImportError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:

@@ -125,6 +125,15 @@ def _how_to_resume(run: _Folder, several: bool = False) -> str:
     return f"go on with: {command} {shlex.quote(str(run))}"
 
 
+def _check_still_there(run: _Folder, step: int) -> None:
+    "Raise `LabError` if the run folder is no longer what it was; nothing is written in its place."
+    if not (Path(run) / "config.json").is_file():
+        raise LabError(
+            f"{run}: the run's folder has gone since training began, perhaps with a drive that is no longer "
+            f"connected, so step {step} cannot be kept; connect it again, then {_how_to_resume(run)}"
+        )
+
+
 def _checkpoint_callback(
     config: LabConfig, run: _Folder, stop_requests: list[int], total: int
 ) -> Callable[[TrainState], None]:
@@ -135,6 +144,7 @@ def _checkpoint_callback(
         nonlocal last_saved
         _log_pending_steps(state, config, total)  # a run that has diverged must not be saved
         if state.process_group.is_main:
+            _check_still_there(run, state.step)
             _save_checkpoint(state, config, run)
         last_saved = monotonic()
 
@@ -200,6 +210,7 @@ def _write_tensorboard(state: TrainState, run: _Folder) -> None:
 def _save_epoch(state: TrainState, config: LabConfig, run: _Folder) -> None:
     """Write all that `run` keeps of the finished epoch; the checkpoint first, so that the rest can be
     written again."""
+    _check_still_there(run, state.step)
     _save_checkpoint(state, config, run)
     write_text(Path(run) / "steps.csv", _to_csv(state.log))
     write_text(Path(run) / "metrics.csv", _to_csv(state.metrics))
