@@ -40,16 +40,19 @@ def _torchvision_backbone(name: str) -> tuple[nn.Module, int]:
     return net, width
 
 
+def _timm_options(name: str, image_size: int | None) -> dict[str, Any]:
+    "What `timm.create_model` has to be told besides the name: the size, for a network of one fixed size."
+    about = _timm().get_pretrained_cfg(_timm_name(name), allow_unregistered=True)
+    other = about and about.fixed_input_size and image_size not in (None, about.input_size[-1])
+    return {"img_size": image_size} if other else {}
+
+
 def _timm_backbone(name: str, image_size: int | None, state: dict | None = None) -> tuple[nn.Module, int]:
     "A timm network that gives pooled features, with random weights or those of `state`."
-    timm, known = _timm(), _timm_name(name)
-    about = timm.get_pretrained_cfg(known, allow_unregistered=True)
-    options: dict[str, Any] = {"num_classes": 0}
-    if about and about.fixed_input_size and image_size not in (None, about.input_size[-1]):
-        options["img_size"] = image_size
+    options = {"num_classes": 0} | _timm_options(name, image_size)
     if state is not None:
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
-    net = timm.create_model(known, **options)
+    net = _timm().create_model(_timm_name(name), **options)
     return net, getattr(net, "head_hidden_size", None) or net.num_features
 
 

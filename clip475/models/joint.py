@@ -9,6 +9,7 @@ __all__ = ['projection_head', 'ImageEncoder', 'DualEncoder', 'build_model', 'par
 # %% ../../nbs/lib/models/04_joint.ipynb #e40cd50d
 import json
 import math
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -323,15 +324,13 @@ def _check_described(model: DualEncoder, config: LabConfig) -> None:
         )
 
 
-def save_model(model: DualEncoder, config: LabConfig, folder: PathLike | str) -> Path:
-    """Write `config.json` and `model.safetensors` into `folder` and return it.
-
-    A frozen pretrained tower is named by its fingerprint; any other is saved with the rest. Raises
-    `LabError` if `config` describes another image tower; a full disk raises `OSError`."""
-    _check_described(model, config)
-    state = _state_to_save(model)
+def _describe_weights(
+    model: DualEncoder, config: LabConfig, state: Mapping[str, torch.Tensor]
+) -> dict[str, str]:
+    "The header of a file of weights that holds `state`: which towers belong to it, and whether it has them."
     saved = {prefix: any(name.startswith(prefix) for name in state) for prefix in (_TEXT, _BACKBONE)}
-    metadata = {
+    return {
+        "format": "pt",
         "text_model": str(config.text_model),
         "text_revision": str(config.text_revision),
         "text_fingerprint": _weights_fingerprint(model.text_encoder.tower),
@@ -340,7 +339,16 @@ def save_model(model: DualEncoder, config: LabConfig, folder: PathLike | str) ->
         "backbone_fingerprint": str(model.image_encoder.original_fingerprint),  # of what it began with
         "backbone_saved": json.dumps(saved[_BACKBONE]),
     }
-    save_tensors(Path(folder) / "model.safetensors", state, metadata)
+
+
+def save_model(model: DualEncoder, config: LabConfig, folder: PathLike | str) -> Path:
+    """Write `config.json` and `model.safetensors` into `folder` and return it.
+
+    A frozen pretrained tower is named by its fingerprint; any other is saved with the rest. Raises
+    `LabError` if `config` describes another image tower; a full disk raises `OSError`."""
+    _check_described(model, config)
+    state = _state_to_save(model)
+    save_tensors(Path(folder) / "model.safetensors", state, _describe_weights(model, config, state))
     config.save(Path(folder) / "config.json")
     return Path(folder)
 
@@ -362,12 +370,22 @@ def _read_model(path: Path) -> tuple[dict, dict]:
     return state, metadata
 
 
+_FOR_HUB, _TOWER = "clip475.json", "text_tower"  # in a folder for the hub, see 08_hub
+
+
+def _read_config(folder: Path) -> LabConfig:
+    "The configuration of a run, or of a folder for the hub, which describes its text tower itself."
+    if not (folder / _FOR_HUB).is_file():
+        return LabConfig.load(folder / "config.json")
+    return LabConfig.load(folder / _FOR_HUB).replace(text_model=str(folder / _TOWER), text_revision=None)
+
+
 def load_model(folder: PathLike | str) -> tuple[DualEncoder, LabConfig]:
     """The model, in evaluation mode, and the configuration that `save_model` wrote into `folder`.
 
-    Runs no code from the files. Raises `LabError` where a file is missing or damaged, or does not fit."""
+    `folder` may also be one for the hub, as `clip475 export --to hf` writes it. Runs no code from the files. Raises `LabError` where a file is missing or damaged, or does not fit."""
     path = Path(folder) / "model.safetensors"
-    config = LabConfig.load(Path(folder) / "config.json")
+    config = _read_config(Path(folder))
     state, metadata = _read_model(path)
     text_saved, text_frozen = json.loads(metadata["text_saved"]), json.loads(metadata["text_frozen"])
     backbone_saved = json.loads(metadata.get("backbone_saved", "true"))
