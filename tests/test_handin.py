@@ -61,16 +61,16 @@ def unpacked(place, tmp_path_factory):
     return folder / TOP
 
 
-def run_line(folder, name, place, *more):
+def run_line(folder, name, place, *more, executable=sys.executable):
     "Run the command of Train.txt or Test.txt in the unpacked folder."
     lines = (folder / name).read_text("utf-8").splitlines()
     (line,) = [line for line in lines if not line.startswith("#")]
     words = shlex.split(line)
     assert words[0] == "python"
-    return python(folder, place, *words[1:], *more)
+    return python(folder, place, *words[1:], *more, executable=executable)
 
 
-def python(folder, place, *words):
+def python(folder, place, *words, executable=sys.executable):
     "Python as it starts in the unpacked folder, with no path to this repository."
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {
@@ -80,7 +80,7 @@ def python(folder, place, *words):
         "OMP_NUM_THREADS": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    return finished([sys.executable, *words], cwd=folder, env=environment).stdout
+    return finished([executable, *words], cwd=folder, env=environment).stdout
 
 
 def recalls(results):
@@ -115,6 +115,20 @@ def test_the_line_of_train_txt_trains(place, unpacked):
     handed = json.loads((place / "run" / "results.json").read_text("utf-8"))
     assert recalls(found) == recalls(handed)  # the same seed, the same bits
     assert (unpacked / "new-run" / "model.safetensors").is_file()
+
+
+@pytest.mark.skipif(
+    os.environ.get("CLIP475_FRESH_ENVIRONMENT") != "1", reason="downloads torch: CLIP475_FRESH_ENVIRONMENT=1"
+)
+def test_the_hand_in_runs_with_what_its_requirements_name_and_nothing_else(place, unpacked, tmp_path):
+    "As whoever marks it does: a new environment, and the two lines as they stand."
+    finished([sys.executable, "-m", "venv", tmp_path / "fresh"])
+    fresh = tmp_path / "fresh" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    finished([fresh, "-m", "pip", "install", "-q", "-r", unpacked / "requirements.txt"])
+    handed = json.loads((place / "run" / "results.json").read_text("utf-8"))
+    for name, more in (("Test.txt", []), ("Train.txt", ["--run", "fresh-run"])):
+        found = json.loads(run_line(unpacked, name, place, "--json", *more, executable=fresh))
+        assert recalls(found) == recalls(handed)
 
 
 # ── one's own pictures ──
