@@ -16,7 +16,7 @@ INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 export HF_HUB_OFFLINE = 1
 export MPLBACKEND = agg
 
-.PHONY: help demo test lint browser-test dev export readme course clean
+.PHONY: help demo test lint browser-test dev export readme course docs clean
 .NOTPARALLEL:
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make export    writes clip475/ from nbs/ and cleans the notebooks"
 	@echo "make readme    writes README.md from nbs/index.ipynb"
 	@echo "make course    writes the students' notebooks, nbs/course, from those with solutions"
+	@echo "make docs      builds the documentation site from notebooks and docstrings into build/docs/"
 	@echo "make lint      looks at the code with ruff and mypy and at the workflows with zizmor, as make test does first"
 	@echo "make clean     removes .venv and what was built; runs/ stays"
 
@@ -59,8 +60,12 @@ readme: dev
 course: dev
 	$(BIN)/python tools/course.py
 
+docs: dev
+	rm -rf docs/api
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --jobs 2 -c docs -d build/doctrees . build/docs
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist docs/api *.egg-info .pytest_cache .hypothesis
 
 $(BIN)/python:
 	@python=$$(sh tools/find_python.sh "$(PYTHON)") && echo "making $(VENV) with $$python" && "$$python" -m venv $(VENV)
