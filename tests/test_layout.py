@@ -49,6 +49,17 @@ PYTHON_FILES = sorted(
 each_module = pytest.mark.parametrize("path", MODULES, ids=name_of)
 
 
+# ── what a notebook says of itself ──
+
+KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
+
+
+@pytest.mark.parametrize("path", ALL_NOTEBOOKS, ids=name_of)
+def test_a_notebook_names_its_kernel_and_nothing_else(path):
+    "Without it Jupyter asks for a kernel, and pages made from the notebook have no colours in their code."
+    assert json.loads(path.read_text(encoding="utf-8"))["metadata"] == {"kernelspec": KERNEL}
+
+
 # ── the order of packages and modules ──
 
 
