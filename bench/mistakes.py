@@ -105,8 +105,13 @@ def all_captions(rows, captions, generator):
 TRAININGS = {  # what differs from the right run
     "right": {},
     "times τ": {"loss": times_tau},
-    "right, all captions": {"choose": all_captions, "pictures": BATCH // 5},
-    "own captions as negatives": {"choose": all_captions, "pictures": BATCH // 5, "loss": without_ids},
+    "right, all captions": {"choose": all_captions, "pictures": BATCH // 5, "longer": 0.4},
+    "own captions as negatives": {
+        "choose": all_captions,
+        "pictures": BATCH // 5,
+        "longer": 0.4,
+        "loss": without_ids,
+    },
     "black pictures": {"black": BLACK},
     "first caption only": {"choose": first_caption},
     "decay on the scale": {"scale_decay": 0.2},
