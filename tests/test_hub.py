@@ -1,71 +1,22 @@
-"A tower from the Hugging Face hub, played by a server on this machine that fails on demand."
+"A tower and a model from the Hugging Face hub, played by a server on this machine that fails on demand."
 
 import hashlib
 import json
 import shutil
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 
 import pytest
 import torch
-from huggingface_hub import constants
+from hub_server import COMMIT, Hub
 
 from clip475.core.config import LabConfig
 from clip475.core.files import LabError, _note_once
 from clip475.data.tokens import _builtin_text_folder, load_tokenizer
 from clip475.models.text import load_text_encoder
+from clip475.searching.model import ImageTextModel, load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NAME, COMMIT = "nobody/tower", "0123456789abcdef0123456789abcdef01234567"
+NAME = "nobody/tower"
 CONFIG = LabConfig.from_preset("tiny", text_model=NAME, text_revision=COMMIT)
-
-
-class Hub(ThreadingHTTPServer):
-    "Serves `folder` as the hub serves a model; `status` answers all requests, `cut` ends one file early."
-
-    daemon_threads, status, cut = True, 200, ""
-
-    def __init__(self, folder):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.asked = folder, 0
-        Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-
-    def handle_error(self, request, client):
-        pass  # a client that closed the connection
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def answer(self, body):
-        hub, path = self.server, self.path.partition("?")[0]
-        hub.asked += 1
-        file = hub.folder / path.rpartition("/")[2]
-        status = hub.status if hub.status != 200 or ("/resolve/" in path and file.is_file()) else 404
-        content = file.read_bytes() if status == 200 else b"{}"
-        self.send_response(status)
-        self.send_header("X-Repo-Commit", COMMIT)
-        if status == 200:
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        elif status == 404:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        start = int((self.headers.get("Range") or "bytes=0-")[6:].partition("-")[0])
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        if body and file.name == hub.cut:
-            self.wfile.write(content[start : len(content) // 2])
-            self.close_connection = True
-        elif body:
-            self.wfile.write(content[start:])
-
-    def do_GET(self):
-        self.answer(True)
-
-    def do_HEAD(self):
-        self.answer(False)
-
-    def log_message(self, *args):
-        pass
 
 
 @pytest.fixture
@@ -73,13 +24,7 @@ def hub(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     shutil.copytree(_builtin_text_folder(), folder)
     with Hub(folder) as server:
-        url = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        template = url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        server.point_here(monkeypatch, tmp_path / "cache")
         yield server
         server.shutdown()
 
@@ -155,3 +100,69 @@ def test_a_download_that_is_cut_leaves_nothing_that_passes_for_whole(hub, tmp_pa
 def test_a_file_of_the_hub_that_is_no_tower(hub):
     (hub.folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     assert "text_model" in refusal(load_text_encoder, CONFIG)
+
+
+# ── whole models ──
+
+
+@pytest.fixture
+def empty_hub(hub):
+    shutil.rmtree(hub.folder)
+    hub.folder.mkdir()
+    return hub
+
+
+def test_a_model_is_pushed_and_comes_back(empty_hub, save_random_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_nobody")
+    model = load(save_random_run(tmp_path / "run"))
+    assert model.push_to_hub(NAME) == f"{empty_hub.url}/{NAME}"
+    assert {"README.md", "model.safetensors", "modeling_clip475.py"} <= set(empty_hub.files())
+    (empty_hub.folder / "notes.bin").write_bytes(bytes(2**20))  # not the model's: not fetched
+    for revision in (None, COMMIT):
+        found = ImageTextModel.from_pretrained(NAME, revision=revision)
+        assert found.encode_text("a red boat").equal(model.encode_text("a red boat"))
+        assert found.config.text_model.endswith("text_tower")
+    assert "notes.bin" not in empty_hub.sent and "modeling_clip475.py" not in empty_hub.sent
+    asked = empty_hub.asked
+    load(NAME, revision=COMMIT)
+    assert empty_hub.asked == asked  # a commit that is here is not asked for
+    empty_hub.status = 503
+    assert (
+        load(NAME).encode_text("a red boat").equal(model.encode_text("a red boat"))
+    )  # the copy that is here
+
+
+@pytest.mark.parametrize("status", [401, 503])
+def test_a_model_that_does_not_come_is_one_sentence_and_heals(hub, save_random_run, tmp_path, status):
+    run = save_random_run(tmp_path / "run")
+    shutil.copytree(run, hub.folder, dirs_exist_ok=True)
+    hub.status = status
+    assert f"the hub answers {status}" in refusal(load, NAME)
+    assert hub.asked < 12
+    hub.status = 200
+    assert load(NAME).config == load(run).config
+
+
+def test_a_model_that_is_cut_or_changed_heals(hub, save_random_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    run = save_random_run(tmp_path / "run")
+    shutil.copytree(run, hub.folder, dirs_exist_ok=True)
+    hub.cut = "model.safetensors"
+    assert "did not come from the Hugging Face hub" in refusal(load, NAME)
+    hub.cut = ""
+    right = load(NAME).fingerprint
+    with blob_of(hub, tmp_path, "model.safetensors").open("r+b") as f:
+        f.seek(300_000)
+        f.write(b"\x55" * 16_384)
+    assert load(NAME, COMMIT).fingerprint == load(NAME).fingerprint == right == load(run).fingerprint
+
+
+@pytest.mark.parametrize("status", [403, 503])
+def test_a_push_that_is_refused_is_one_sentence(hub, save_random_run, tmp_path, monkeypatch, status):
+    monkeypatch.setenv("HF_TOKEN", "hf_nobody")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    model = load(save_random_run(tmp_path / "run"))
+    before = hub.files()
+    hub.status = status
+    message = refusal(model.push_to_hub, NAME)
+    assert str(status) in message and "hf auth login" in message and hub.files() == before

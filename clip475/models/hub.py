@@ -38,7 +38,7 @@ from .text import _SentenceTower, _SiglipTower
 # %% ../../nbs/lib/models/08_hub.ipynb #2e2cedf0
 def _image_tower(model: DualEncoder, config: LabConfig) -> dict[str, Any]:
     "The shape of the image tower, for `hub_code`."
-    linear: Any = next(layer for layer in model.image_encoder.head if isinstance(layer, nn.Linear))
+    linear = next(layer for layer in model.image_encoder.head.children() if isinstance(layer, nn.Linear))
     is_timm = config.backbone.startswith(_TIMM)
     return {
         "backbone": config.backbone,
@@ -126,7 +126,7 @@ def _pooling_config(tower: _SentenceTower) -> dict[str, Any]:
 
 def _describe_sentence_tower(tower: _SentenceTower, length: int, folder: Path, weights: bool) -> None:
     "Write modules.json and a folder for each step; with `weights`, those of the dense layers too."
-    steps = {"": "Transformer", "1_Pooling": "Pooling"}
+    steps: dict[str, str] = {"": "Transformer", "1_Pooling": "Pooling"}
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
     write_json(folder / "1_Pooling/config.json", _pooling_config(tower))
     for number, (linear, activation) in enumerate(_dense_layers(tower), 2):

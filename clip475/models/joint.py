@@ -383,7 +383,8 @@ def _read_config(folder: Path) -> LabConfig:
 def load_model(folder: PathLike | str) -> tuple[DualEncoder, LabConfig]:
     """The model, in evaluation mode, and the configuration that `save_model` wrote into `folder`.
 
-    `folder` may also be one for the hub, as `clip475 export --to hf` writes it. Runs no code from the files. Raises `LabError` where a file is missing or damaged, or does not fit."""
+    `folder` may also be one for the hub, as `clip475 export --to hf` writes it. Runs no code from the files.
+    Raises `LabError` where a file is missing or damaged, or does not fit."""
     path = Path(folder) / "model.safetensors"
     config = _read_config(Path(folder))
     state, metadata = _read_model(path)

@@ -8,12 +8,13 @@ __all__ = ['ImageTextModel', 'similarity', 'load', 'encode_image', 'encode_text'
 # %% ../../nbs/lib/searching/02_model.ipynb #cd3caa93
 import os
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -22,14 +23,16 @@ from PIL import Image
 import clip475
 from ..core.config import LabConfig
 from ..core.devices import autocast, pick_device
-from ..core.files import LabError, fingerprint
+from ..core.files import LabError, fingerprint, read_json
 from ..data.images import _TRANSFORM
 from ..data.pixels import _read_square, normalize, resize_square
-from ..data.tokens import _one_line, load_tokenizer
+from ..data.tokens import _from_here_or_hub, _hub_problem, _one_line, _remove_damaged, load_tokenizer
 from ..evaluation.ranks import _comparable, _unit32
+from ..evaluation.retrieval import retrieval_table
 from ..evaluation.zeroshot import TEMPLATES, _zero_shot
 from ..models.freezing import freeze
-from ..models.joint import DualEncoder, load_model
+from ..models.hub import _card, _describe_model, _write_hub_folder
+from ..models.joint import _FOR_HUB, _TOWER, DualEncoder, load_model
 from ..models.text import _weights_fingerprint, encode_texts
 from .index import _picture_of, _text_notes
 from ..training.steps import embed_images
@@ -86,12 +89,14 @@ class ImageTextModel:
     """A trained model that is ready to use: images and texts in, float32 unit vectors on the CPU out.
 
     `dual_encoder`: both towers, in evaluation mode and without gradients. `config`: how it was trained and
-    what it reads. `tokenizer`: of its text tower. `name`: where it came from. `load` makes one."""
+    what it reads. `tokenizer`: of its text tower. `name`: where it came from; `folder`: its files, if it has
+    some. `load` makes one."""
 
     dual_encoder: DualEncoder
     config: LabConfig
     tokenizer: Any
     name: str = ""
+    folder: Path | None = None
 
     def __repr__(self) -> str:
         c = self.config
@@ -180,6 +185,28 @@ class ImageTextModel:
         encoder = self.dual_encoder.text_encoder
         return _text_notes(text, self.tokenizer, encoder, self.config.context_length)
 
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | PathLike[str], revision: str | None = None) -> Self:
+        "The model that `load` returns, under the name that Hugging Face libraries use."
+        return cast(Self, load(name_or_folder, revision))
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> Path:
+        """Write a folder that `from_pretrained` and, with the code in it, transformers' `AutoModel` read.
+
+        It appears whole or not at all, with a model card from the results of the run. Raises `LabError` if
+        something is there already."""
+        card = _model_card(self)
+        return _write_hub_folder(self.dual_encoder, self.config, self.tokenizer, folder, card)
+
+    def push_to_hub(self, repository: str, private: bool = True, message: str = "Upload a model") -> str:
+        """Upload the files of `save_pretrained` to `owner/name` on the Hugging Face hub; returns its address.
+
+        A repository that is not there is made, `private` unless you say otherwise; files of the same names
+        get a new version. Needs a token with the right to write: `hf auth login`. Raises `LabError`."""
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self.save_pretrained(Path(scratch) / "model")
+            return _upload(folder, repository, private, message)
+
     def _encode_batch(self, items: list[Any]) -> torch.Tensor:
         if all(map(_is_preprocessed, items)):
             return self._encode_preprocessed(items)
@@ -213,10 +240,53 @@ def similarity(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _unit32(a) @ _unit32(b).T
 
 # %% ../../nbs/lib/searching/02_model.ipynb #9fe8550d
+def _model_card(model: ImageTextModel) -> str:
+    "The model card: the one that the model came with, or one from the results of its run."
+    folder = model.folder or Path(model.name or "model")
+    if (folder / _FOR_HUB).is_file() and (folder / "README.md").is_file():
+        return (folder / "README.md").read_text(encoding="utf-8")
+    if (folder / "MODEL_CARD.md").is_file():
+        return _card(model.name, (folder / "MODEL_CARD.md").read_text(encoding="utf-8").partition("\n")[2])
+    results = read_json(folder / "results.json") if (folder / "results.json").is_file() else {}
+    recall = retrieval_table(results) if results else None
+    return _card(folder.name, _describe_model(model.dual_encoder, model.config, results, recall))
+
+
+def _upload(folder: Path, repository: str, private: bool, message: str) -> str:
+    "Upload a folder to a repository that is made if need be; the address of the repository."
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+    except Exception as error:  # no token, no network, a name that is not allowed
+        raise LabError(
+            f"{repository}: the model was not uploaded to the Hugging Face hub ({_one_line(error)}); "
+            "check the name owner/name, log in with: hf auth login, and try again"
+        ) from error
+    return str(address)
+
+
 # name: a folder in the package, or a repository
 _SHIPPED: dict[str, str] = {"photos": str(Path(clip475.__file__).parent / "photos_model")}
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _RUN_FILES = ("config.json", "model.safetensors")
+_HUB_FILES = [*_RUN_FILES, _FOR_HUB, f"{_TOWER}/*.json", f"{_TOWER}/*/*.json", "README.md", "results.json"]
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    "The folder of a repository; a commit that is on this machine is not asked for again."
+    from huggingface_hub import snapshot_download
+
+    def load(local_files_only: bool) -> Path:
+        options: dict[str, Any] = {"allow_patterns": _HUB_FILES, "local_files_only": local_files_only}
+        return Path(cast(str, snapshot_download(name, revision=revision, **options)))
+
+    problem = partial(_hub_problem, name, revision)
+    if re.fullmatch("[0-9a-f]{40}", revision or "") or problem():
+        return _from_here_or_hub(load, problem)
+    return load(local_files_only=False)
 
 
 def _known_names() -> str:
@@ -225,10 +295,11 @@ def _known_names() -> str:
 
 def _from_hub(name: str, revision: str | None) -> Path:
     "The folder with the files of a repository on the hub, from the local cache or fetched."
-    from huggingface_hub import snapshot_download
-
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(_RUN_FILES)))
+        folder = _fetch(name, revision)
+        _remove_damaged(name, folder.name)
+        if not all((folder / file).is_file() for file in _RUN_FILES):  # cut off before, or damaged since
+            folder = _fetch(name, folder.name)
     except Exception as error:  # no network, no such repository or revision, a full disk
         at = f" at {revision}" if revision else ""
         raise LabError(
@@ -244,7 +315,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def _model_folder(name: str, revision: str | None) -> Path:
-    "The folder with the two files of the model `name`."
+    "The folder with the files of the model `name`."
     source = _SHIPPED.get(name, name)
     if source and Path(source).is_dir():
         return Path(source)
@@ -259,15 +330,16 @@ def _model_folder(name: str, revision: str | None) -> Path:
 def load(name_or_folder: str | PathLike[str], revision: str | None = None) -> ImageTextModel:
     """A trained model that is ready to use, on the best device at hand.
 
-    `name_or_folder`: a run folder, a repository `owner/name` on the Hugging Face hub that holds a run's
-    `config.json` and `model.safetensors`, or the name of a shipped model. `revision`: branch, tag or commit
-    of a repository; a commit never changes. Raises `LabError` where there is no such model or where its
-    files do not belong together."""
+    `name_or_folder`: a run folder, a folder of `save_pretrained`, a repository `owner/name` on the Hugging
+    Face hub that holds the files of one of them, or the name of a shipped model. `revision`: branch, tag
+    or commit of a repository; a commit never changes. Raises `LabError` where there is no such model or where
+    its files do not belong together."""
     name = os.fspath(name_or_folder)
-    model, config = load_model(_model_folder(name, revision))
+    folder = _model_folder(name, revision)
+    model, config = load_model(folder)
     tokenizer = load_tokenizer(config.text_model, config.text_revision)
     freeze(model).to(pick_device()).to(memory_format=torch.channels_last)
-    return ImageTextModel(model, config, tokenizer, name)
+    return ImageTextModel(model, config, tokenizer, name, folder)
 
 # %% ../../nbs/lib/searching/02_model.ipynb #622389bd
 _ModelOrName = ImageTextModel | str | PathLike[str]
