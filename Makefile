@@ -33,8 +33,9 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/clip475 demo $(ARGS)
 
-# Notebooks and tests write into one temporary folder, which goes away with them.
-test: dev lint
+# Lint and the site take one core each; notebooks and tests write into one temporary folder, which goes away.
+test: dev
+	@$(MAKE) --no-print-directory docs & site=$$!; $(MAKE) --no-print-directory lint && wait $$site
 	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && export TMPDIR="$$tmp" && set -x \
 	&& $(BIN)/nbdev_test --n_workers 2 --path nbs \
 	&& OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/browser --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
