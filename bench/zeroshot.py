@@ -72,6 +72,7 @@ def measure(run, count):
             ]
         ),
     }
+    hits = {name: (answers(c)[1] == truth).numpy() for name, c in prompts.items()}
     confidence, guess = answers(by_kind)
     curve, error = calibration(confidence, guess == kinds)
     probes = _scene_probes(
@@ -90,8 +91,9 @@ def measure(run, count):
         "facts": {
             fact: {k: round(v, 4) for k, v in row.items()} for fact, row in probes.to_dict("index").items()
         },
-        "four groups, accuracy and interval": {
-            name: rounded(mean_interval(answers(c)[1] == truth)) for name, c in prompts.items()
+        "four groups, accuracy and interval": {name: rounded(mean_interval(h)) for name, h in hits.items()},
+        "four groups, difference to the bare name": {
+            name: rounded(mean_interval(h, hits["the bare name"])) for name, h in hits.items()
         },
         "sixteen kinds, accuracy and interval": rounded(mean_interval(guess == kinds)),
         "recall of each kind": dict(

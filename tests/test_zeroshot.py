@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import multinomial
 
 from clip475.core.config import LabConfig
 from clip475.core.files import error_message
@@ -260,3 +261,56 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
     assert mean_interval([0] * 20)[1:] == pytest.approx((0, 1 - 20 / (20 + 1.959964**2)))
     assert mean_interval([2, 2, 2]) == (2, 2, 2)
     error_message("no values", mean_interval, [])
+
+
+def paired(wins, losses, n):
+    "The outcomes of two models on n pictures."
+    alike = [0] * (n - wins - losses)
+    return [1] * wins + [0] * losses + alike, [0] * wins + [1] * losses + alike
+
+
+@pytest.mark.parametrize(
+    "wins, losses, n", [(12, 2, 50), (0, 0, 20), (20, 0, 20), (1, 0, 44), (0, 5, 30), (7, 7, 15), (1, 0, 1)]
+)
+def test_a_paired_interval_is_the_differences_that_a_score_test_keeps(wins, losses, n):
+    """Against the test itself (Tango 1998), whose nuisance parameter is searched here on a grid.
+
+    Kept is a difference d if (observed − d)² ≤ z² · its variance at the likeliest table with difference d."""
+    rare = np.linspace(0, 1, 4001)  # the probability of a loss
+    grid, kept = np.linspace(-1, 1, 2001), []
+    for d in grid:
+        win = rare + d
+        possible = (win >= -1e-12) & (rare + win <= 1 + 1e-12)
+        loss, win = rare[possible], win[possible].clip(0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            parts = [(wins, win), (losses, loss), (n - wins - losses, (1 - win - loss).clip(0))]
+            likelihood = sum(count * np.log(p) if count else 0 * p for count, p in parts)
+        best = np.nanargmax(likelihood)
+        variance = (win[best] + loss[best] - d**2) / n
+        if ((wins - losses) / n - d) ** 2 <= 3.8415 * variance + 1e-9:
+            kept.append(d)
+    found = mean_interval(*paired(wins, losses, n))
+    assert found[0] == (wins - losses) / n
+    assert found[1:] == pytest.approx((min(kept), max(kept)), abs=0.003)
+    turned = mean_interval(*paired(losses, wins, n))
+    assert turned == pytest.approx((-found[0], -found[2], -found[1]))
+
+
+def test_a_paired_interval_is_no_point_where_two_models_agree():
+    "The bootstrap gave [0, 0]: every sample of pictures without a disagreement has none."
+    agreed = mean_interval([1, 0] * 10, [1, 0] * 10)
+    assert agreed == pytest.approx((0, -agreed[2], 3.8415 / (20 + 3.8415)), abs=1e-4)
+    assert mean_interval([1] * 20, [0] * 20)[1:] == pytest.approx((1 - 2 * 0.16113, 1), abs=0.01)
+    assert mean_interval([0.5, 1.0], [0.0, 0.5])[0] == 0.5  # no 0/1 outcomes: the bootstrap
+    error_message("the same rows", mean_interval, [1, 0], [1])
+
+
+def test_a_paired_interval_holds_the_truth_about_as_often_as_it_says():
+    "All tables of 40 pictures, weighted, for two models with wins on 8 % of pictures and losses on 2 %."
+    weight, held, n = 0.0, 0.0, 40
+    for wins in range(16):
+        for losses in range(9):
+            p = multinomial.pmf([wins, losses, n - wins - losses], n, [0.08, 0.02, 0.90])
+            _, low, high = mean_interval(*paired(wins, losses, n))
+            weight, held = weight + p, held + p * (low <= 0.06 <= high)
+    assert weight > 0.999 and 0.93 < held / weight < 0.98

@@ -18,7 +18,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from scipy.stats import binomtest
+from scipy.optimize import brentq
+from scipy.stats import binomtest, norm
 
 from ..core.figures import _QUIET, PALETTE
 from ..core.files import LabError, _check_choice
@@ -96,21 +97,53 @@ def classify(
     return probabilities[:, :k].float(), labels[:, :k]
 
 # %% ../../nbs/lib/evaluation/04_zeroshot.ipynb #1b44c31e
-def mean_interval(values: Any, draws: int = 5000, seed: int = 475) -> tuple[float, float, float]:
+def _tango_limit(wins: int, losses: int, n: int, squared: float) -> float:
+    """The upper limit of (wins − losses) / n among `n` pairs: where the score statistic is √`squared`.
+
+    Tango (1998), equations 3 to 5: `rare` is the likeliest probability of a loss if the difference is `d`."""
+    difference = (wins - losses) / n
+
+    def excess(d: float) -> float:
+        b, c = (2 * n - wins + losses) * d - wins - losses, -losses * d * (1 - d)
+        rare = (np.sqrt(max(b * b - 8 * n * c, 0)) - b) / (4 * n)
+        return n * (d - difference) ** 2 - squared * (2 * rare + d * (1 - d))
+
+    return 1.0 if difference == 1 else float(brentq(excess, difference + 1e-9, 1.0))
+
+
+def _bootstrap(values: np.ndarray, draws: int, seed: int) -> tuple[float, float, float]:
+    different, counts = np.unique(values, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), draws)
+    low, high = np.quantile(drawn @ different / len(values), [0.025, 0.975])
+    return float(different @ counts / len(values)), float(low), float(high)
+
+
+def mean_interval(
+    values: Any, baseline: Any = None, draws: int = 5000, seed: int = 475
+) -> tuple[float, float, float]:
     """Mean of `values` (N,) and its 95 % interval: `(mean, low, high)`, the same for the same seed.
 
-    Wilson's interval (1927) where all values are 0 or 1, else the percentile bootstrap over the rows."""
-    different, counts = np.unique(np.asarray(values, float), return_counts=True)
-    if not len(different):
+    With `baseline` (N,), values of another model for the same rows: the mean of their differences. Where all
+    values are 0 or 1, Wilson's interval (1927), and Tango's of paired proportions (1998) for differences.
+    Other values have the percentile bootstrap over the rows. Raises `LabError` for no values and for a
+    baseline of another length."""
+    values = np.asarray(values, float)
+    if not len(values):
         raise LabError("there are no values to average; give at least one")
-    n = counts.sum()
-    if set(different.tolist()) <= {0.0, 1.0}:
-        hits = int(different @ counts)
-        interval = binomtest(hits, int(n)).proportion_ci(method="wilson")
-        return hits / int(n), float(interval.low), float(interval.high)
-    drawn = np.random.default_rng(seed).multinomial(n, counts / n, draws)
-    low, high = np.quantile(drawn @ different / n, [0.025, 0.975])
-    return float(different @ counts / n), float(low), float(high)
+    n, z = len(values), norm.ppf(0.975)
+    if baseline is None:
+        if not np.isin(values, (0, 1)).all():
+            return _bootstrap(values, draws, seed)
+        interval = binomtest(int(values.sum()), n).proportion_ci(method="wilson")
+        return float(values.mean()), float(interval.low), float(interval.high)
+    others = np.asarray(baseline, float)
+    if others.shape != values.shape:
+        raise LabError(f"{n} values and a baseline of {len(others)}; give both for the same rows")
+    if not np.isin([values, others], (0, 1)).all():
+        return _bootstrap(values - others, draws, seed)
+    wins, losses = int((values > others).sum()), int((values < others).sum())
+    low, high = -_tango_limit(losses, wins, n, z**2), _tango_limit(wins, losses, n, z**2)
+    return (wins - losses) / n, low, high
 
 # %% ../../nbs/lib/evaluation/04_zeroshot.ipynb #2895d762
 TEMPLATES = ("{}", "a picture of {}", "we see {}")
