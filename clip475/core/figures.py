@@ -7,6 +7,7 @@ __all__ = ['PALETTE', 'show_images', 'plot_curves', 'plot_run', 'plot_bars', 'pl
            'plot_heatmap', 'plot_similarity', 'plot_gallery', 'save_figure']
 
 # %% ../../nbs/lib/core/05_figures.ipynb #135d4fa7
+import sys
 import textwrap
 import unicodedata
 import warnings
@@ -66,6 +67,73 @@ def _bytes(pixels: np.ndarray) -> np.ndarray:
             "undo the normalisation first, floats go from 0 to 1"
         )
     return (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+
+# %% ../../nbs/lib/core/05_figures.ipynb #d3bfe17e
+def _range(values: Any) -> str:
+    "From where to where numbers go, in three digits."
+    numbers: np.ndarray = np.ma.compressed(np.ma.masked_invalid(np.ma.asarray(values, float)))
+    return f"{numbers.min():.3g} to {numbers.max():.3g}" if numbers.size else "no values"
+
+
+def _bars_in_words(ax: Axes) -> list[str]:
+    "Each series of bars with its values, and the names of the bars."
+    words = []
+    bars: Any
+    for bars in ax.containers:
+        values = getattr(bars, "datavalues", None)
+        if values is None:
+            continue
+        axis = ax.yaxis if bars.orientation == "horizontal" else ax.xaxis
+        names = [label.get_text() for label in axis.get_majorticklabels()]
+        numbers = [f"{value:.3g}" for value in values]
+        if len(names) == len(numbers):
+            numbers = [f"{name} {number}" for name, number in zip(names, numbers)]
+        series = "" if bars.get_label().startswith("_") else f" {bars.get_label()}"
+        words.append(f"bars{series}: {', '.join(numbers)}")
+    return words
+
+
+def _axes_in_words(ax: Axes) -> str:
+    "One panel of a figure: title, labels, and each series with its range."
+    words = [" ".join(ax.get_title().split())]
+    words += [f"{name}: {text}" for name, text in (("x", ax.get_xlabel()), ("y", ax.get_ylabel())) if text]
+    for values in map(np.asarray, (image.get_array() for image in ax.images)):
+        words.append(f"matrix of {' × '.join(map(str, values.shape))}, {_range(values)}")
+    words += _bars_in_words(ax)
+    for line in ax.lines:
+        if not str(line.get_label()).startswith("_"):
+            words.append(f"line {line.get_label()}: {_range(line.get_ydata())}")
+    for shape in [*ax.collections, *ax.patches]:
+        if shape.get_label() and not str(shape.get_label()).startswith("_"):
+            words.append(str(shape.get_label()))
+    if len(words) < 2:
+        words += [text.get_text() for text in ax.texts]
+    return "; ".join(" ".join(word.split()) for word in words if word)
+
+
+def _describe(fig: Figure) -> str:
+    "What a figure shows, in at most 500 characters; pictures come first, with their titles."
+    axes = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
+    pictures = [ax for ax in axes if any(np.asarray(image.get_array()).ndim == 3 for image in ax.images)]
+    titles = [" ".join(ax.get_title().split()) for ax in pictures]
+    shown = f"{len(pictures)} picture{'s' * (len(pictures) > 1)}" if pictures else ""
+    shown += f": {'; '.join(filter(None, titles))}" if any(titles) else ""
+    above = [part.get_suptitle() for part in (fig, *fig.subfigs)]
+    words = [shown, *above, *(_axes_in_words(ax) for ax in axes if ax not in pictures)]
+    text = ". ".join(word for word in words if word.strip())
+    return textwrap.shorten(text or "a drawing", 500, placeholder=" …")
+
+
+def _show_in_words() -> None:
+    "From now on a figure that an IPython cell shows carries its description."
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if formatter := getattr(shell, "display_formatter", None):
+        formatter.mimebundle_formatter.for_type(
+            Figure, lambda fig: ({}, {"image/png": {"alt": _describe(fig)}})
+        )
+
+
+_show_in_words()
 
 # %% ../../nbs/lib/core/05_figures.ipynb #442d5042
 PALETTE = {
