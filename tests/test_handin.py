@@ -97,6 +97,7 @@ def test_the_zip_has_all_parts(unpacked):
     run/figures/loss.png run/figures/similarity_all.png run/figures/queries.png clip475/__main__.py"""
     assert not [name for name in wanted.split() if not (unpacked / name).is_file()]
     about = json.loads((unpacked / "run" / "config.json").read_text("utf-8"))
+    assert "still open" not in (unpacked / "report.html").read_text("utf-8")
     assert about["model_type"] == "clip475" and about["vision_config"]  # transformers refuses the folder
     assert not [p for p in unpacked.rglob("*") if "__pycache__" in p.parts or p.suffix == ".pt"]
 

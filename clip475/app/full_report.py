@@ -499,8 +499,12 @@ def _matrix_section(run: _Run) -> list[str]:
         f"All {run.results['captions']:,} captions and {run.results['images']:,} images. The mean cosine "
         "similarity of a caption "
         f"with its own image is {means['own']:.3f}, and with the others {means['other']:.3f}.",
+        "Images are sorted so that similar ones are neighbours, and captions are in the order of their "
+        "images. A good model shows a bright diagonal: each caption is most similar to its own image.",
+        "**All captions and images, as means of blocks**",
         "![All captions and images, as means of blocks; similar images are "
         "neighbours](figures/similarity_all.png)",
+        "**A part of it: single captions of the first images**",
         "![Single captions of the first of these images](figures/similarity_zoom.png)",
     ]
 
@@ -637,6 +641,12 @@ def _to_html(report: str, folder: Path, run_id: str | None) -> str:
     "One HTML page with its pictures inside."
     pictures = _pictures(report, folder)
     text = _GAP.sub(_without_questions, report)
+    if gaps := len(_open_gaps(report)):
+        left = "1 gap is" if gaps == 1 else f"{gaps} gaps are"
+        text = (
+            f"> **{left} still open**, in frames like this one. Write your text into the Markdown file "
+            "beside this page, between “gap” and “end of gap”, and start `clip475 report` again.\n\n" + text
+        )
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
 
