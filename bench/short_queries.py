@@ -24,6 +24,8 @@ from clip475.models.text import encode_texts
 from clip475.training.batches import prepare_data
 from clip475.training.steps import embed_images
 
+PAIRS = [(colour, kind) for colour in _COLOURS for kind in _KINDS]
+
 
 def query(colour, kind):
     return _a(f"{colour} {kind}")
@@ -33,32 +35,41 @@ def query_as_captions(colour, kind):
     return f"{_a(kind)} in {colour}" if _GROUP_OF[kind] == "people" else query(colour, kind)
 
 
+def right_images(scenes):
+    "Which of N scenes hold things of each colour and kind, (128, N)."
+    table = _columns(scenes)
+    return np.stack([((table["colour"] == c) & (table["kind"] == k)).any(1) for c, k in PAIRS])
+
+
+def precision_at(images, texts, right, k=5):
+    "The share of right images among the best `k` of each query, (128,)."
+    best = (texts @ images.T).topk(k, dim=1).indices.numpy()  # (128, k)
+    return np.take_along_axis(right, best, 1).mean(1)
+
+
 def measure(run, k=5):
     model, config = load_model(run)
     (val,) = prepare_data(config, progress=False, names=("val",), run=run)
     truth = load_truth(val.split.root, "val")
-    table = _columns([truth[image][0] for image in val.split.image_ids.tolist()])
+    right = right_images([truth[image][0] for image in val.split.image_ids.tolist()])
     images = embed_images(model, val.pixels, config)
-    pairs = [(colour, kind) for colour in _COLOURS for kind in _KINDS]
-    right = np.stack([((table["colour"] == c) & (table["kind"] == k)).any(1) for c, k in pairs])  # (128, N)
     tokenizer = load_tokenizer(config.text_model, config.text_revision)
 
     def precision_of(write):
-        texts = encode_texts([write(*pair) for pair in pairs], model.text_encoder, tokenizer)
-        best = (texts @ images.T).topk(k, dim=1).indices.numpy()  # (128, k)
-        return np.take_along_axis(right, best, 1).mean(1)
+        texts = encode_texts([write(*pair) for pair in PAIRS], model.text_encoder, tokenizer)
+        return precision_at(images, texts, right, k)
 
     precision = precision_of(query)
     mean, low, high = mean_interval(precision)
 
     def by(position):
-        names = sorted({pair[position] for pair in pairs})
-        return {n: round(float(precision[[n == p[position] for p in pairs]].mean()), 3) for n in names}
+        names = sorted({pair[position] for pair in PAIRS})
+        return {n: round(float(precision[[n == p[position] for p in PAIRS]].mean()), 3) for n in names}
 
     return {
         f"precision@{k}": round(mean, 4),
         "interval": [round(low, 4), round(high, 4)],
-        "queries": len(pairs),
+        "queries": len(PAIRS),
         f"precision@{k}, people as in captions": round(float(precision_of(query_as_captions).mean()), 4),
         "images": len(val),
         "base rate": round(float(right.mean()), 4),
