@@ -60,7 +60,7 @@ setup(
     license_files=["LICENSE", "clip475/builtin_text/LICENSE.openai-clip", "clip475/photos/LICENSES.md"],
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
-    extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "photos", "heic", "faiss", "browser", "instructors")},
+    extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "photos", "heic", "faiss", "export", "browser", "instructors")},
     packages=find_packages(include=[settings["lib_path"], settings["lib_path"] + ".*"]),
     package_data={settings["lib_path"]: ["py.typed", "builtin_text/*", "photos/*", "photos/images/*", "photos_model/*"]},
     entry_points={"console_scripts": settings["console_scripts"].split()},

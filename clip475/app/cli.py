@@ -165,6 +165,16 @@ _HAND_IN = (
     _option("--check", action="store_true", help="only show the checklist"),
     _option("--draft", action="store_true", help="write in spite of open points"),
 )
+_EXPORT = (
+    _run_option("the run folder, or photos, the model that ships (default: the newest run under runs/)"),
+    _option(
+        "--to",
+        required=True,
+        choices=["hf", "onnx", "index", "sentence-transformers"],
+        help="hf: transformers and the Hugging Face hub; onnx: ONNX Runtime; index: FAISS and clip-retrieval",
+    ),
+    _option("--out", required=True, metavar="DIR", help="a new folder"),
+)
 _FROZEN = (
     _option("--full", action="store_true", help="more scenes, larger pictures, longer; for a GPU"),
     _option("--resume", action="store_true", help="go on in --run; finished runs are read back"),
@@ -514,6 +524,14 @@ def _hand_in(args: argparse.Namespace) -> tuple[Any, str]:
     return done, "\n".join([*lines, *([written] if written else [])])
 
 
+def _export(args: argparse.Namespace) -> tuple[Any, str]:
+    from clip475.searching.export import _export_run
+
+    done = _export_run(_run_of(args), args.to, args.out)
+    files = [f"{size / 1e3:9,.0f} kB  {name}" for name, size in done["files"].items()]
+    return done, "\n".join([f"{done['out']}:", *files])
+
+
 def _frozen(args: argparse.Namespace) -> tuple[Any, str]:
     from clip475.studies.claims import _grid_table
     from clip475.studies.freezing import frozen_experiment
@@ -578,6 +596,7 @@ _VERBS = (
     ),
     _Verb("report", "write the full report of a run, with gaps to fill", _report, _OLD_RUN + _REPORT),
     _Verb("handin", "write the zip that the assignment asks for", _hand_in, _HAND_IN),
+    _Verb("export", "write a model or its index for other programs", _export, _EXPORT),
     _Verb("frozen", "compare ways to freeze the model (hours on a CPU)", _frozen, _NEW_RUN + _FROZEN),
     _Verb("ablate", "train with and without some changes, and compare", _ablate, _CONFIGURATION + _ABLATE),
     _Verb("params", "count the parameters, trainable and frozen", _params, _CONFIGURATION),
@@ -594,6 +613,7 @@ _EXAMPLES = """examples:
   clip475 ablate --a augment --b head_dropout --seeds 3 --run runs/step5
   clip475 report --run runs/long            the full report, with gaps to fill
   clip475 handin --run runs/long --students 20123456,20654321
+  clip475 export --run photos --to hf --out photos_for_the_hub
   clip475 params --preset coco --json       the specification's parameter table
   clip475 course my_course                  the lessons with their exercises
 """

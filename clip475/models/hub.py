@@ -8,7 +8,8 @@ __all__ = []
 # %% ../../nbs/lib/models/08_hub.ipynb #9cdeb865
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, metadata
 from os import PathLike
 from pathlib import Path
@@ -22,6 +23,7 @@ from .. import __version__
 from ..core.config import LabConfig
 from ..core.files import LabError, _atomic_path, read_json, save_tensors, write_json, write_text
 from ..core.weights import _PACKAGES, _PREFIX, _TIMM, _is_package
+from ..data.tokens import _quiet
 from . import hub_code
 from .backbones import _timm_options
 from clip475.models.joint import (
@@ -157,8 +159,9 @@ def _save_text_tower(
     tower: Any = model.text_encoder.tower
     is_wrapped = isinstance(tower, (_SentenceTower, _SiglipTower))
     network = tower.text_model if is_wrapped else tower
-    folder.mkdir(parents=True)
-    (network if weights else network.config).save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _quiet():
+        (network if weights else network.config).save_pretrained(folder)
     _save_tokenizer(tokenizer, config, folder)
     if isinstance(tower, _SentenceTower):
         length = min(config.context_length, tokenizer.model_max_length)
@@ -268,28 +271,33 @@ def _recall_lines(recall: pd.DataFrame | None) -> str:
     )
 
 
+_LICENCE = """The licences of the towers above hold for their weights here. A run does not record the licence
+of its pictures and captions: whoever publishes this model adds a `license:` to the head of this file."""
+
+
+def _towers_text(config: LabConfig) -> str:
+    "Where both towers come from."
+    text = _origin(config.text_model, config.text_revision)
+    return (
+        f"- Image tower: `{config.backbone}` at {config.image_size} × {config.image_size} pixels, "
+        f"{_origin(config.backbone_weights)}.\n"
+        f"- Text tower: {text}, at most {config.context_length} tokens."
+    )
+
+
 def _describe_model(
     model: DualEncoder, config: LabConfig, results: Mapping[str, Any], recall: pd.DataFrame | None
 ) -> str:
     "The body of a card, from what a run knows."
-    towers = [
-        f"- Image tower: `{config.backbone}` at {config.image_size} × {config.image_size} pixels, "
-        f"{_origin(config.backbone_weights)}.",
-        f"- Text tower: {_origin(config.text_model, config.text_revision)}, "
-        f"at most {config.context_length} tokens.",
-        f"- Embeddings have {config.embedding_dim} numbers. Loss: {config.loss}. Trained: {config.policy}.",
-    ]
-    licence = (
-        "The licences of the towers above hold for their weights here. The licence of the pictures and "
-        "captions is not recorded in a run: whoever publishes this model adds a `license:` to the head of "
-        "this file."
+    about = (
+        f"- Embeddings have {config.embedding_dim} numbers. Loss: {config.loss}. Trained: {config.policy}."
     )
     sizes = parameter_table(model)[["component", "parameters"]]
     parts = {
-        "What it is": "\n".join(towers) + "\n\n" + _markdown_table(sizes),
+        "What it is": f"{_towers_text(config)}\n{about}\n\n{_markdown_table(sizes)}",
         "What it was trained on": _data_lines(config, results),
         "How well it finds": _recall_lines(recall),
-        "Licence": licence,
+        "Licence": _LICENCE,
     }
     made = f"Written by clip475 {__version__} from the files of the run."
     return "\n\n".join([*(f"## {title}\n\n{text}" for title, text in parts.items()), _LIMITS, made])
@@ -298,9 +306,16 @@ def _describe_model(
 _CODE = "modeling_clip475.py"
 
 
-def _check_new(folder: Path) -> None:
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    "Give a folder to write to that becomes `folder` when all went well; `LabError` if something is there."
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise LabError(f"{folder}: something is there already; name a new or an empty folder")
+    with _atomic_path(folder) as part:
+        part.mkdir()
+        yield part
+        if folder.is_dir():  # empty: Windows does not rename over it
+            folder.rmdir()
 
 
 def _carried_code() -> str:
@@ -336,11 +351,10 @@ def _write_hub_folder(
 
     Raises `LabError` if something is there, and if `config` describes another image tower."""
     folder = Path(folder)
-    _check_new(folder)
     _check_described(model, config)
     public = _without_paths(config)
     state = {name: t.float() if t.is_floating_point() else t for name, t in model.state_dict().items()}
-    with _atomic_path(folder) as part:
+    with _new_folder(folder) as part:
         _save_text_tower(model, config, tokenizer, part / _TOWER, weights=False)
         _save_tokenizer(tokenizer, config, part)
         save_tensors(part / "model.safetensors", state, _describe_weights(model, public, state))

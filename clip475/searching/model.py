@@ -31,7 +31,7 @@ from ..evaluation.ranks import _comparable, _unit32
 from ..evaluation.retrieval import retrieval_table
 from ..evaluation.zeroshot import TEMPLATES, _zero_shot
 from ..models.freezing import freeze
-from ..models.hub import _card, _describe_model, _write_hub_folder
+from ..models.hub import _card, _describe_model, _towers_text, _write_hub_folder
 from ..models.joint import _FOR_HUB, _TOWER, DualEncoder, load_model
 from ..models.text import _weights_fingerprint, encode_texts
 from .index import _picture_of, _text_notes
@@ -246,7 +246,9 @@ def _model_card(model: ImageTextModel) -> str:
     if (folder / _FOR_HUB).is_file() and (folder / "README.md").is_file():
         return (folder / "README.md").read_text(encoding="utf-8")
     if (folder / "MODEL_CARD.md").is_file():
-        return _card(model.name, (folder / "MODEL_CARD.md").read_text(encoding="utf-8").partition("\n")[2])
+        shipped = (folder / "MODEL_CARD.md").read_text(encoding="utf-8").partition("\n")[2]
+        plain = re.sub("<!--.*?-->", "", shipped, flags=re.DOTALL).strip()
+        return _card(model.name, f"{plain}\n\n**Whose weights are in it.**\n\n{_towers_text(model.config)}")
     results = read_json(folder / "results.json") if (folder / "results.json").is_file() else {}
     recall = retrieval_table(results) if results else None
     return _card(folder.name, _describe_model(model.dual_encoder, model.config, results, recall))
