@@ -291,11 +291,8 @@ def load_data(folder, place):
 
 
 def log_of(losses):
-    "The mean loss of each of forty parts of a training."
-    size = max(1, len(losses) // 40)
-    return [
-        round(sum(part) / len(part), 4) for i in range(0, len(losses), size) if (part := losses[i : i + size])
-    ]
+    "The mean loss of each tenth of a training."
+    return [round(float(part.mean()), 2) for part in losses.tensor_split(10)]
 
 
 def trained(place, data, name, seed, epochs):
@@ -413,7 +410,7 @@ def symptoms(data, runs):
         return [[ids[i] for i in row] for row in (queries @ right["shown"].T).topk(5).indices.tolist()]
 
     return {
-        "losses": {name: log_of(run["losses"].tolist()) for name, run in first.items()},
+        "losses": {name: log_of(run["losses"]) for name, run in first.items()},
         "steps": {name: len(run["losses"]) for name, run in first.items()},
         "temperature at the end": {
             name: round(float(run["temperatures"][-1]), 4) for name, run in first.items()
@@ -458,6 +455,7 @@ def main():
         "seeds": args.seeds,
         "epochs": args.epochs,
         "batch": BATCH,
+        "share of black pictures": BLACK,
         "mistakes": measured(data, runs),
         "symptoms": symptoms(data, runs),
     }
