@@ -6,6 +6,8 @@ as fractions, so that every tie is a tie. Small numbers make ties the rule, not 
 import itertools
 import json
 import math
+import random
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -17,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clip475.core.files import LabError
+from clip475.data.photos import load_photos
 from clip475.evaluation.ranks import _cosine_blocks
 from clip475.evaluation.retrieval import (
     _average_precision,
@@ -27,6 +30,7 @@ from clip475.evaluation.retrieval import (
     caption_means,
     chance_recall,
     evaluate_retrieval,
+    _extended_recall,
     fit_linear_map,
     ranks,
     retrieval_table,
@@ -366,6 +370,130 @@ def test_clip_benchmark_agrees():
             for way, s, r in (("i2t", scores, right), ("t2i", scores.T, right.T)):
                 for k in (1, 5, 10):
                     assert metrics[way][f"R@{k}"] == (judge(s, r.long(), k) > 0).double().mean().item()
+
+
+# real captions: the package's photographs
+
+
+def words_of(text):
+    return re.findall(r"[a-z]+", text.lower())
+
+
+@pytest.fixture(scope="module")
+def bags():
+    """Counts of words: whole numbers, so that ties are exact, and real ones (people wrote the same twice).
+
+    An image is three words of one of its captions, drawn at random, since with all of them it would find
+    each. Images have 5, 6 or 7 captions: sixth and seventh ones are the first two in other words."""
+    photos, generator = load_photos(), random.Random(475)
+    captions = [[words_of(text) for text in photo.captions] for photo in photos]
+    captions = [own + [sorted(text, key=len)[:6] for text in own[: i % 3]] for i, own in enumerate(captions)]
+    column = {word: i for i, word in enumerate(sorted({w for own in captions for text in own for w in text}))}
+
+    def counts(texts):
+        table = torch.zeros(len(texts), len(column), dtype=torch.int64)
+        for row, text in zip(table, texts):
+            for word in text:
+                row[column[word]] += 1
+        return table
+
+    owner = torch.arange(len(photos)).repeat_interleave(torch.tensor([len(own) for own in captions]))
+    texts = counts([text for own in captions for text in own])
+    return counts([generator.sample(generator.choice(own[:5]), 3) for own in captions]), texts, owner
+
+
+def exact_order(images, texts, right):
+    """Scores (N, M) whose order is that of the cosines, ties settled against the model, from whole numbers
+    alone: the square of a cosine is a fraction."""
+    products = (images @ texts.T).numpy() ** 2
+    lengths = [(table**2).sum(1).numpy() for table in (images, texts)]
+    sizes = lengths[0][:, None] * lengths[1]
+    shared = np.gcd(products, sizes)
+    fractions, place = np.unique(
+        np.stack([products // shared, sizes // shared]).reshape(2, -1), axis=1, return_inverse=True
+    )
+    values = (
+        fractions[0] / fractions[1]
+    )  # different fractions of so small numbers differ by far more than 2⁻⁵²
+    assert np.unique(values).size == values.size < 2**22 and sizes.max() < 2**20
+    order = torch.from_numpy(values.argsort().argsort()[place.reshape(sizes.shape)])
+    return (2 * order - right.long()).float()
+
+
+def test_recall_of_real_captions_is_that_of_three_judges(bags):
+    images, texts, owner = bags
+    right = torch.arange(len(images))[:, None] == owner
+    assert set(right.sum(1).tolist()) >= {5, 6, 7}
+    scores = exact_order(images, texts, right)
+    metrics = evaluate_retrieval(images.float(), texts.float(), owner, bootstrap=0)
+    hit_rate = pytest.importorskip("torchmetrics.functional.retrieval").retrieval_hit_rate
+    benchmark = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval").recall_at_k
+    for way, s, r in (("i2t", scores, right), ("t2i", scores.T, right.T)):
+        order = [sorted(range(len(row)), key=lambda j: -row[j]) for row in s.tolist()]
+        for k in (1, 5, 10):
+            found = metrics[way][f"R@{k}"]
+            assert 0.05 < found < 0.99
+            assert found == sum(any(r[q, places[:k]]) for q, places in enumerate(order)) / len(s)
+            assert found == (benchmark(s, r.long(), k) > 0).double().mean().item()
+            if way == "i2t" or k == 1:  # a call for each query: 163 are enough for the other
+                assert found == sum(hit_rate(a, b, top_k=k).item() for a, b in zip(s, r)) / len(s)
+    best = (
+        (scores + right).masked_fill(~right, -1).amax(1, keepdim=True)
+    )  # a tie is equal once it is not settled
+    assert ((scores == best) & ~right).any(1).sum() > 5
+
+
+# right pairs from files, as ECCV Caption publishes them
+
+
+def write_positives(folder, pairs):
+    "Two files from N × M right pairs; images have the ids 7, 8, …, captions 500, 501, …"
+    for name, table, first, other in (("i2t", pairs, 7, 500), ("t2i", pairs.T, 500, 7)):
+        positives = {
+            str(first + i): [other + int(j) for j in row.nonzero().flatten()] for i, row in enumerate(table)
+        }
+        (folder / f"{name}.json").write_text(json.dumps({key: own for key, own in positives.items() if own}))
+    return folder / "i2t.json", folder / "t2i.json"
+
+
+def test_right_pairs_of_a_file_are_counted_one_by_one(tmp_path):
+    images, texts, owner = noisy(3.0, owner=torch.arange(20).repeat_interleave(5 + torch.arange(20) % 3))
+    images, texts = (4 * images).round(), (4 * texts).round()  # many ties
+    generator = torch.Generator().manual_seed(3)
+    pairs = (torch.arange(20)[:, None] == owner) | (torch.rand(20, len(texts), generator=generator) < 0.05)
+    pairs[4] = False  # an image that the file does not have
+    files = write_positives(tmp_path, pairs)
+    found = _extended_recall(images, texts, range(7, 27), range(500, 500 + len(texts)), *files)
+    for way, queries, gallery, table in (("i2t", images, texts, pairs), ("t2i", texts, images, pairs.T)):
+        ranks_found = [
+            judged_rank(q, gallery.long().tolist(), set(own.nonzero().flatten().tolist()))
+            for q, own in zip(queries.long().tolist(), table)
+            if own.any()
+        ]
+        assert found["queries"][way] == len(ranks_found) == table.any(1).sum()
+        assert found[way] == {
+            f"R@{k}": sum(r <= k for r in ranks_found) / len(ranks_found) for k in (1, 5, 10)
+        }
+    assert found["queries"]["i2t"] == 19
+
+
+def test_files_of_right_pairs_that_do_not_fit(tmp_path):
+    images, texts, owner = noisy(owner=torch.arange(6).repeat_interleave(5))
+    i2t, t2i = write_positives(tmp_path, torch.arange(6)[:, None] == owner)
+    ids = range(7, 13), range(500, 530)
+    same = _extended_recall(images, texts, *ids, i2t, t2i)
+    assert same["i2t"] == evaluate_retrieval(images, texts, owner, bootstrap=0)["i2t"]
+    for text in ('{"7": [500, "x"]}', '{"seven": [500]}', '{"7": 500}', "[7, 500]"):
+        i2t.write_text(text)
+        with pytest.raises(LabError, match="has no list of ids"):
+            _extended_recall(images, texts, *ids, i2t, t2i)
+    i2t.write_text('{"7": [9999], "8": []}')
+    with pytest.raises(LabError, match="check the ids"):
+        _extended_recall(images, texts, *ids, i2t, t2i)
+    with pytest.raises(LabError, match="an id of its own"):
+        _extended_recall(images, texts, [7] * 6, ids[1], i2t, t2i)
+    with pytest.raises(LabError, match="no such file"):
+        _extended_recall(images, texts, *ids, tmp_path / "gone.json", t2i)
 
 
 # intervals, folds, baselines

@@ -10,6 +10,7 @@ __all__ = ['ranks', 'recall_at_k', 'chance_recall', 'bootstrap_interval', 'evalu
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import comb, fsum
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import binomtest
 
-from ..core.files import LabError
+from ..core.files import LabError, read_json
 from clip475.evaluation.ranks import (
     _Ahead,
     _as_tensor,
@@ -26,6 +27,7 @@ from clip475.evaluation.ranks import (
     _check_embeddings,
     _check_labels,
     _comparable,
+    _cosine_blocks,
     _first,
     _first_places,
     _Pairing,
@@ -438,6 +440,82 @@ def _compare_retrieval(results: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame
     table = pd.DataFrame(rows).T
     table.index.name = f"{base['images']:,} images, {base['captions']:,} captions, %"
     return table
+
+# %% ../../nbs/lib/evaluation/02_retrieval.ipynb #5e0c7a22
+def _read_positives(path: str | Path, known: Sequence[int]) -> dict[int, list[int]]:
+    "From a JSON file `{id of a query: [ids of all that is right for it]}`, the queries that are `known`."
+    read, wanted = read_json(path), set(known)
+    found = {}
+    for query, right in read.items() if isinstance(read, dict) else [("the file", None)]:
+        numbers = right if isinstance(right, list) else [None]
+        if not str(query).isdigit() or not all(str(number).isdigit() for number in numbers):
+            raise LabError(f'{path}: {query} has no list of ids; the file takes the form {{"42": [17, 98]}}')
+        if int(query) in wanted:
+            found[int(query)] = [int(number) for number in numbers]
+    return found
+
+
+def _positive_ranks(
+    queries: torch.Tensor, gallery: torch.Tensor, right: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    "The rank of each query's best right row, ties counted against the model: `(Q,)`."
+    found = []
+    for rows, scores in _cosine_blocks(queries, gallery):
+        wrong = torch.ones_like(scores, dtype=torch.bool)
+        for row, own in zip(wrong, right[rows], strict=True):
+            row[list(own)] = False
+        best = scores.masked_fill(wrong, -torch.inf).amax(1, keepdim=True)
+        found.append(1 + ((scores >= best) & wrong).sum(1))
+    return torch.cat(found)
+
+
+def _published_ranks(
+    queries: torch.Tensor,
+    gallery: torch.Tensor,
+    query_ids: Sequence[int],
+    gallery_ids: Sequence[int],
+    path: str | Path,
+) -> torch.Tensor:
+    "The ranks of those queries that the file has with something right in the gallery."
+    row_of = {number: row for row, number in enumerate(gallery_ids)}
+    read = _read_positives(path, query_ids)
+    right = {query: [row_of[one] for one in own if one in row_of] for query, own in read.items()}
+    rows = [row for row, query in enumerate(query_ids) if right.get(query)]
+    if not rows:
+        raise LabError(f"{path}: it has nothing right for any of the {len(query_ids)} queries; check the ids")
+    return _positive_ranks(queries[rows], gallery, [right[query_ids[row]] for row in rows])
+
+
+def _extended_recall(
+    image_embeddings: torch.Tensor,
+    text_embeddings: torch.Tensor,
+    image_ids: Sequence[int],
+    caption_ids: Sequence[int],
+    image_to_caption: str | Path,
+    caption_to_image: str | Path,
+    ks: Sequence[int] = (1, 5, 10),
+) -> dict[str, Any]:
+    """Recall@K in both directions with the right pairs of two files, as ECCV Caption publishes them.
+
+    `image_embeddings` `(N, D)` and `text_embeddings` `(M, D)`, with the ids that the files use: `image_ids`
+    (N,) and `caption_ids` (M,), COCO's. The files: `{id: [ids of all that is right]}` (Chun et al. 2022,
+    arXiv 2204.03359). Returns `{"i2t": {"R@1": …}, "t2i": …, "queries": {"i2t": n, "t2i": n}}`: a query
+    counts if a file has it and something right for it is in the gallery. Raises `LabError` for ids that do
+    not fit, and where no query is left."""
+    images, texts = _comparable(image_embeddings, text_embeddings, ("image_embeddings", "text_embeddings"))
+    ids = {"image_ids": [int(i) for i in image_ids], "caption_ids": [int(i) for i in caption_ids]}
+    for (name, given), rows in zip(ids.items(), (images, texts), strict=True):
+        if len(given) != len(rows) or len(set(given)) != len(given):
+            raise LabError(
+                f"{name}: {len(given)} ids, {len(set(given))} of them different, for {len(rows)} rows; give "
+                "each row an id of its own"
+            )
+    i2t = _published_ranks(images, texts, *ids.values(), image_to_caption)
+    t2i = _published_ranks(texts, images, *reversed(ids.values()), caption_to_image)
+    recalls = {
+        way: {f"R@{k}": _recall_from_ranks(r, k) for k in ks} for way, r in (("i2t", i2t), ("t2i", t2i))
+    }
+    return recalls | {"queries": {"i2t": len(i2t), "t2i": len(t2i)}}
 
 # %% ../../nbs/lib/evaluation/02_retrieval.ipynb #355174cf
 _PROTOCOLS = {"1k": (1000, 5), "5k": (5000, 1)}  # images in a fold, folds
