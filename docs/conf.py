@@ -95,6 +95,16 @@ def _relink(text: str, folder: Path) -> str:
     return re.sub(r"((?<!!)\[[^]]*\]\()(?!\w+:)([^)#\s]*)(#[^)\s]*|)(?=\))", one, text)
 
 
+def _image_options(outputs: list[dict]) -> dict[str, str]:
+    "Alternative text of a cell's figures; a figure without pictures is a chart, inverted on a dark page."
+    options = [output.get("metadata", {}).get("image/png", {}) for output in outputs]
+    texts = [option["alt"] for option in options if "alt" in option]
+    if not texts:
+        return {}
+    has_pictures = any(re.match(r"\d+ picture", text) for text in texts)
+    return {"alt": " ".join(texts), **({} if has_pictures else {"classes": "chart"})}
+
+
 def _read_notebook(text: str, folder: Path) -> str:
     "A notebook without what nbdev hides and without its directives, as a page of the site shows it."
     notebook = json.loads(text)
@@ -106,6 +116,7 @@ def _read_notebook(text: str, folder: Path) -> str:
             cell["source"] = _relink(source, folder)
         elif cell["cell_type"] == "code":
             cell["source"] = re.sub(r"\A(#\|.*\n?)+", "", source)
+            cell["metadata"]["mystnb"] = {"image": _image_options(cell["outputs"])}
             if re.match(r"#\|\s*hide\b", source):
                 continue
         cells.append(cell)
