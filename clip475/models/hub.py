@@ -55,8 +55,9 @@ def _image_tower(model: DualEncoder, config: LabConfig) -> dict[str, Any]:
 
 
 def _plain(shape: Any) -> dict[str, Any]:
-    "The configuration of a network of transformers as JSON has it."
-    return json.loads(shape.to_json_string(use_diff=False))
+    "The configuration of a network of transformers as JSON has it, without the folder that it came from."
+    about = json.loads(shape.to_json_string(use_diff=False))
+    return {name: value for name, value in about.items() if name != "_name_or_path"}
 
 
 def _dense_layers(tower: _SentenceTower) -> list[tuple[nn.Linear, nn.Module]]:
@@ -186,7 +187,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 place = "."  # this folder, or the name of its repository
 model = AutoModel.from_pretrained(place, trust_remote_code=True)
 processor = AutoImageProcessor.from_pretrained(place)
-tokenizer = AutoTokenizer.from_pretrained(place)
+tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=True)
 
 pictures = processor([Image.open("picture.jpg")], return_tensors="pt")
 texts = tokenizer(["a dog in the snow"], padding=True, truncation=True, return_tensors="pt")
@@ -352,7 +353,7 @@ def _write_hub_folder(
     Raises `LabError` if something is there, and if `config` describes another image tower."""
     folder = Path(folder)
     _check_described(model, config)
-    public = _without_paths(config)
+    public = _without_paths(config).replace(text_model=_TOWER, text_revision=None)
     state = {name: t.float() if t.is_floating_point() else t for name, t in model.state_dict().items()}
     with _new_folder(folder) as part:
         _save_text_tower(model, config, tokenizer, part / _TOWER, weights=False)
@@ -360,7 +361,7 @@ def _write_hub_folder(
         save_tensors(part / "model.safetensors", state, _describe_weights(model, public, state))
         write_json(part / "config.json", _transformers_config(model, config, tokenizer))
         write_json(part / "preprocessor_config.json", _preprocessing(config))
-        public.replace(text_model=_TOWER, text_revision=None).save(part / _FOR_HUB)
+        public.save(part / _FOR_HUB)
         write_text(part / _CODE, _carried_code())
         write_text(part / "README.md", card)
     return folder

@@ -63,7 +63,8 @@ def _difference(network: nn.Module, inputs: dict[str, torch.Tensor], file: Path)
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    theirs = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0]
+    names = [entry.name for entry in session.get_inputs()]  # SigLIP reads no mask
+    theirs = session.run(None, {name: inputs[name].numpy() for name in names})[0]
     return float((torch.from_numpy(theirs) - network(*inputs.values())).abs().max())
 
 # %% ../../nbs/lib/searching/04_export.ipynb #ebd116aa
@@ -94,7 +95,7 @@ def _write_towers(model: ImageTextModel, folder: Path) -> float:
 _ONNX_README = """# {name} as ONNX
 
 Two graphs for ONNX Runtime. `image.onnx` turns `pixel_values` (n, 3, {size}, {size}) into unit vectors
-(n, {dim}), and `text.onnx` does so with `input_ids` and `attention_mask`, int64 (m, tokens).
+(n, {dim}), and `text.onnx` does so with `input_ids` and, if it reads it, `attention_mask`, int64 (m, tokens).
 `pip install onnxruntime tokenizers pillow numpy` is enough:
 
 ```python
@@ -115,8 +116,9 @@ tokenizer.enable_truncation({length})
 tokenizer.enable_padding(pad_id={pad}, length={padded})
 words = tokenizer.encode_batch(["a dog in the snow", "two boats"])
 inputs = {{"input_ids": [w.ids for w in words], "attention_mask": [w.attention_mask for w in words]}}
-inputs = {{name: np.array(rows, np.int64) for name, rows in inputs.items()}}
-text = onnxruntime.InferenceSession("text.onnx").run(None, inputs)[0]
+session = onnxruntime.InferenceSession("text.onnx")
+inputs = {{entry.name: np.array(inputs[entry.name], np.int64) for entry in session.get_inputs()}}
+text = session.run(None, inputs)[0]
 print(image @ text.T)
 ```
 
