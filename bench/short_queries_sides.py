@@ -126,6 +126,7 @@ def train_tower(config, steps, size=256):
         if step % 20 == 19:
             print(f"  text encoder, step {step + 1}: loss {loss.item():.3f}", file=sys.stderr, flush=True)
     seen = torch.ones(len(tokenizer), dtype=torch.bool)
+    tokenizer.save_pretrained(folder)
     return _save_tower(model, seen, folder)
 
 
