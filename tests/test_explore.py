@@ -76,11 +76,12 @@ PANELS = [
 @pytest.mark.parametrize("make", PANELS, ids=lambda make: make.__name__)
 def test_a_panel_shows_itself_live_and_still(lab, make, monkeypatch):
     monkeypatch.delenv("IN_TEST", raising=False)
-    bundle = make(lab)._repr_mimebundle_()
+    bundle, metadata = make(lab)._repr_mimebundle_()
     assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"]
     assert len(bundle["image/png"]) > 1000
+    assert metadata["image/png"]["alt"]
     monkeypatch.setenv("IN_TEST", "1")  # as when the notebook's outputs are made
-    assert set(make(lab)._repr_mimebundle_()) == {"image/png", "text/plain"}
+    assert set(make(lab)._repr_mimebundle_()[0]) == {"image/png", "text/plain"}
 
 
 @pytest.mark.parametrize("make", PANELS, ids=lambda make: make.__name__)

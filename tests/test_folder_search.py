@@ -467,4 +467,4 @@ def test_the_search_panel_opens_a_folder(album, model, find):
     for folder in ("", str(album / "nowhere")):
         parts.folder.value = folder
         assert "role=alert" in parts.message.value and parts.grid.children == ()
-        assert "image/png" in panel._repr_mimebundle_()
+        assert "image/png" in panel._repr_mimebundle_()[0]

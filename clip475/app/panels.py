@@ -25,7 +25,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from ..core.config import LabConfig
-from ..core.figures import _HIT, _MISS, PALETTE, plot_bars, plot_gallery
+from ..core.figures import _HIT, _MISS, PALETTE, _describe, plot_bars, plot_gallery
 from ..core.files import LabError, _visible
 from ..data.pixels import load_image
 from ..data.tokens import load_tokenizer
@@ -149,9 +149,12 @@ class _Panel:
     def __post_init__(self) -> None:
         self.view.add_class(f"clip475-{self.name}")
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+    def _repr_mimebundle_(
+        self, include: Any = None, exclude: Any = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        still = self.still()
         bundle: dict[str, Any] = {
-            "image/png": b64encode(_figure_png(self.still())).decode(),
+            "image/png": b64encode(_figure_png(still)).decode(),
             "text/plain": f"Panel {self.name}: {', '.join(vars(self.parts))}",
         }
         if not os.environ.get("IN_TEST"):
@@ -160,7 +163,7 @@ class _Panel:
                 "version_minor": 0,
                 "model_id": self.view.model_id,
             }
-        return bundle
+        return bundle, {"image/png": {"alt": _describe(still)}}
 
 
 def _listen(controls: Iterable[widgets.Widget], refresh: Callable[[], Any]) -> None:
