@@ -110,7 +110,7 @@ def test_the_layout_is_clip_retrievals(folder):
     images, texts, table = (
         np.load(folder / "img_emb" / "img_emb_0.npy"),
         np.load(folder / "text_emb" / "text_emb_0.npy"),
-        pd.read_parquet(folder / "metadata" / "metadata_0.parquet"),
+        pd.read_json(folder / "metadata" / "metadata_0.jsonl", lines=True),
     )
     assert (
         images.dtype == texts.dtype == np.float32
@@ -274,7 +274,7 @@ def test_a_damaged_folder_is_refused(index, tmp_path, damage):
     if damage == "lost":
         file.unlink()
     if damage == "table":
-        (folder / "metadata" / "metadata_0.parquet").write_bytes(b"PAR1")
+        (folder / "metadata" / "metadata_0.jsonl").write_bytes(b"{")
     if damage == "one bit":
         file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
     if damage == "swapped":

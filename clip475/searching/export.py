@@ -182,11 +182,12 @@ def _index_of(run: Path, model: Callable[[], ImageTextModel]) -> SearchIndex:
 
 
 def _write_index(index: SearchIndex, name: str, folder: Path) -> dict[str, Any]:
-    _check_installed("faiss", "faiss")
+    _check_installed("faiss", "faiss", "pyarrow")
     import faiss
 
     folder.rmdir()  # `save` makes it
     index.save(folder)
+    index.table.to_parquet(folder / "metadata" / "metadata_0.parquet", index=False)
     for file, rows in (("image", index.image_embeddings), ("text", index.text_embeddings)):
         faiss.write_index(_faiss_index(rows), str(folder / f"{file}.index"))
     numbers = {key: index.manifest[key] for key in ("images", "captions", "dim")}

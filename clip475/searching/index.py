@@ -92,11 +92,11 @@ def _leading_first(caption_image: torch.Tensor | Sequence[int], images: int) -> 
     return np.concatenate([by_image[leading], np.delete(by_image, leading)])
 
 # %% ../../nbs/lib/searching/01_index.ipynb #ea8ca22f
-_MANIFEST, _FORMAT = "clip475_index.json", 2
+_MANIFEST, _FORMAT = "clip475_index.json", 3
 _FILES = {
     "image_embeddings": "img_emb/img_emb_0.npy",
     "text_embeddings": "text_emb/text_emb_0.npy",
-    "table": "metadata/metadata_0.parquet",
+    "table": "metadata/metadata_0.jsonl",
 }
 
 
@@ -122,7 +122,7 @@ def _write_folder(folder: Path, arrays: dict[str, torch.Tensor], table: pd.DataF
             (part / file).parent.mkdir(parents=True)
         for name, array in arrays.items():
             np.save(part / _FILES[name], array.numpy())
-        table.to_parquet(part / _FILES["table"], index=False)
+        table.to_json(part / _FILES["table"], orient="records", lines=True)
         checksums = {file: _checksum_of(part / file) for file in _FILES.values()}
         write_json(part / _MANIFEST, manifest | {"checksums": checksums})
         if folder.exists():
@@ -178,7 +178,7 @@ def _read_folder(
     try:
         images = torch.from_numpy(np.load(folder / _FILES["image_embeddings"], mmap_mode="c"))
         texts = torch.from_numpy(np.load(folder / _FILES["text_embeddings"], mmap_mode="c"))
-        table = pd.read_parquet(folder / _FILES["table"])
+        table = pd.read_json(folder / _FILES["table"], lines=True, dtype=False)
     except (OSError, ValueError, EOFError) as error:
         why = str(error).splitlines()[0]
         raise LabError(f"{folder}: the index is damaged ({why}); build it again") from None
