@@ -6,9 +6,12 @@
 __all__ = ['build_backbone']
 
 # %% ../../nbs/lib/models/03_backbones.ipynb #a72bd13c
+import hashlib
+import os
 import re
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -18,9 +21,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock
+from tqdm.auto import tqdm
 
-from ..core.files import LabError, _check_choice
+from ..core.files import LabError, _check_choice, _note_once
 from ..core.weights import _TIMM, _is_package, _package_place, _timm, _timm_name
+from ..data.download import _get_rest, _open_pool, _Patience, _with_retries
 from ..data.tokens import _from_here_or_hub, _hub_problem, _one_line, _quiet, _remove_damaged
 
 # %% ../../nbs/lib/models/03_backbones.ipynb #bb4941fb
@@ -81,11 +86,45 @@ def build_backbone(
 _FIT = "choose the backbone that they were made for"
 
 
+_PATIENCE = _Patience(tries=3)  # seconds, not minutes
+
+
+def _has_its_hash(path: Path, file: Path) -> bool:
+    "Whether the SHA-256 of `file` begins with the digits at the end of the name of `path`, if it has some."
+    digits = re.search(r"-([0-9a-f]{8,})$", path.stem)
+    with file.open("rb") as f:
+        return digits is None or hashlib.file_digest(f, "sha256").hexdigest().startswith(digits[1])
+
+
+def _fetch_weights(url: str, path: Path) -> None:
+    "Fetch `url` to `path`, going on where an earlier try ended; `OSError` if other bytes came."
+    part, stop, pool = path.with_name(f".{path.name}.part"), Event(), _open_pool(url)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tqdm(desc=path.name, unit="B", unit_scale=True) as bar:
+        _with_retries(lambda: _get_rest(pool, url, part, _PATIENCE, stop, bar), _PATIENCE, stop)
+    if not _has_its_hash(path, part):
+        part.unlink()
+        raise OSError("what came has another SHA-256 than its name says, and was thrown away")
+    os.replace(part, path)
+
+
+def _cached_weights(entry: Any) -> Path:
+    "The file of one of torchvision's weights, fetched if it is not here or has changed since."
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
+    if path.is_file() and not _has_its_hash(path, path):
+        _note_once(f"{path}: it has changed since it was downloaded, and is removed to be fetched again")
+        path.unlink()
+    if not path.is_file():
+        _note_once(f"{entry.url}: {entry.meta['_file_size']:.0f} MB are fetched once, to {path.parent}")
+        _fetch_weights(entry.url, path)
+    return path
+
+
 def _torchvision_weights(name: str, weights: str) -> dict:
     known = {} if name == "resnet10" else {w.name: w for w in torchvision.models.get_model_weights(name)}
     entry = known[_check_choice(f"backbone_weights of {name}", weights, [*known, None])]
     try:
-        return entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        return torch.load(_cached_weights(entry), map_location="cpu", weights_only=True)
     except Exception as e:  # no network, a broken download, a file that is no state dict
         raise LabError(
             f"backbone_weights {weights!r} of {name} did not come from {entry.url} ({_one_line(e)}); "
