@@ -483,7 +483,7 @@ def test_files_of_right_pairs_that_do_not_fit(tmp_path):
     ids = range(7, 13), range(500, 530)
     same = _extended_recall(images, texts, *ids, i2t, t2i)
     assert same["i2t"] == evaluate_retrieval(images, texts, owner, bootstrap=0)["i2t"]
-    for text in ('{"7": [500, "x"]}', '{"seven": [500]}', '{"7": 500}', "[7, 500]"):
+    for text in ('{"7": [500, "x"]}', '{"seven": [500]}', '{"7": ["5²"]}', '{"7": 500}', "[7, 500]"):
         i2t.write_text(text)
         with pytest.raises(LabError, match="has no list of ids"):
             _extended_recall(images, texts, *ids, i2t, t2i)

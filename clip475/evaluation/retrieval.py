@@ -447,8 +447,8 @@ def _read_positives(path: str | Path, known: Sequence[int]) -> dict[int, list[in
     read, wanted = read_json(path), set(known)
     found = {}
     for query, right in read.items() if isinstance(read, dict) else [("the file", None)]:
-        numbers = right if isinstance(right, list) else [None]
-        if not str(query).isdigit() or not all(str(number).isdigit() for number in numbers):
+        numbers: list[Any] = right if isinstance(right, list) else [None]
+        if not str(query).isdecimal() or not all(str(number).isdecimal() for number in numbers):
             raise LabError(f'{path}: {query} has no list of ids; the file takes the form {{"42": [17, 98]}}')
         if int(query) in wanted:
             found[int(query)] = [int(number) for number in numbers]
@@ -502,16 +502,18 @@ def _extended_recall(
     arXiv 2204.03359). Returns `{"i2t": {"R@1": …}, "t2i": …, "queries": {"i2t": n, "t2i": n}}`: a query
     counts if a file has it and something right for it is in the gallery. Raises `LabError` for ids that do
     not fit, and where no query is left."""
+    for k in ks:
+        _check_k(k)
     images, texts = _comparable(image_embeddings, text_embeddings, ("image_embeddings", "text_embeddings"))
-    ids = {"image_ids": [int(i) for i in image_ids], "caption_ids": [int(i) for i in caption_ids]}
-    for (name, given), rows in zip(ids.items(), (images, texts), strict=True):
+    of_images, of_captions = ([int(number) for number in given] for given in (image_ids, caption_ids))
+    for name, given, rows in (("image_ids", of_images, images), ("caption_ids", of_captions, texts)):
         if len(given) != len(rows) or len(set(given)) != len(given):
             raise LabError(
                 f"{name}: {len(given)} ids, {len(set(given))} of them different, for {len(rows)} rows; give "
                 "each row an id of its own"
             )
-    i2t = _published_ranks(images, texts, *ids.values(), image_to_caption)
-    t2i = _published_ranks(texts, images, *reversed(ids.values()), caption_to_image)
+    i2t = _published_ranks(images, texts, of_images, of_captions, image_to_caption)
+    t2i = _published_ranks(texts, images, of_captions, of_images, caption_to_image)
     recalls = {
         way: {f"R@{k}": _recall_from_ranks(r, k) for k in ks} for way, r in (("i2t", i2t), ("t2i", t2i))
     }
