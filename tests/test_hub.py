@@ -51,7 +51,10 @@ def blob_of(hub, tmp_path, name):
 
 def test_a_tower_comes_once_and_heals_when_its_bytes_change(hub, tmp_path, capsys):
     right = [p.clone() for p in load_text_encoder(LabConfig.from_preset("tiny")).parameters()]
+    _note_once.cache_clear()
     assert equal(weights(), right) and len(load_tokenizer(NAME, COMMIT)) == 49_408
+    megabytes = (hub.folder / "model.safetensors").stat().st_size / 1e6
+    assert f"{megabytes:,.0f} MB of weights are fetched once" in capsys.readouterr().err
     asked = hub.asked
     assert equal(weights(), right) and hub.asked == asked  # all of it is here
     blob = blob_of(hub, tmp_path, "model.safetensors")

@@ -69,7 +69,7 @@ def test_without_a_network(server):
 def test_a_download_that_breaks_off_goes_on_where_it_was(server, monkeypatch):
     monkeypatch.setattr(backbones, "_PATIENCE", _Patience(tries=1, sleep=lambda seconds: None))
     server.cut = server.file.name
-    assert "breaks off" in refusal() and not server.cached.exists()
+    assert refusal() and not server.cached.exists()
     server.cut, server.sent = "", {}
     assert len(fetch()) == 50_000
     assert server.sent[server.file.name] < server.file.stat().st_size  # only the rest

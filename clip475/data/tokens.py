@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import constants as hub
-from huggingface_hub import get_session, hf_hub_url
+from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url
 from huggingface_hub.file_download import repo_folder_name
 from matplotlib.colors import ListedColormap
 from torch.nn.utils.rnn import pad_sequence
@@ -146,14 +146,16 @@ def _source(name: str, revision: str | None) -> tuple[str, dict[str, str]]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    "Without transformers' messages and progress bars: what they would report is checked here."
+def _quiet() -> Iterator[bool]:
+    """Without transformers' messages and progress bars: what they would report is checked here.
+
+    Gives whether there were bars before."""
     log = transformers.utils.logging
     level, has_bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
     try:
-        yield
+        yield has_bars
     finally:
         log.set_verbosity(level)
         if has_bars:
@@ -221,6 +223,16 @@ def _remove_damaged(name: str, revision: str | None) -> None:
             blob.unlink()
 
 # %% ../../nbs/lib/data/09_tokens.ipynb #c28af55b
+def _announce_weights(name: str, revision: str | None, with_bars: bool) -> None:
+    "Say how much will be fetched from the hub, and let a bar show it."
+    with suppress(Exception):  # no size: the download itself will say what is wrong
+        address = hf_hub_url(name, "model.safetensors", revision=revision, endpoint=hub.ENDPOINT)
+        size = int(get_hf_file_metadata(address).size or 0)
+        _note_once(f"{name}: {size / 1e6:,.0f} MB of weights are fetched once from the hub")
+    if with_bars:
+        transformers.utils.logging.enable_progress_bar()
+
+
 def _load_pretrained(
     cls: Any,
     name: str,
@@ -234,13 +246,15 @@ def _load_pretrained(
     # .bin weights: do not ask the hub's bot to convert them
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
-    def load(**place: Any) -> Any:
-        found = cls.from_pretrained(source, **place, **pinned, **options)
+    def load(local_files_only: bool) -> Any:
+        if not local_files_only and "dtype" in options:
+            _announce_weights(name, revision, has_bars)
+        found = cls.from_pretrained(source, local_files_only=local_files_only, **pinned, **options)
         check(found)
         return found
 
     try:
-        with _quiet():
+        with _quiet() as has_bars:
             _remove_damaged(name, revision if pinned else None)
             hub_problem = partial(_hub_problem, name, revision) if pinned and online else None
             return _from_here_or_hub(load, hub_problem)
