@@ -283,7 +283,10 @@ def _fetch(name: str, revision: str | None) -> Path:
 
     def load(local_files_only: bool) -> Path:
         options: dict[str, Any] = {"allow_patterns": _HUB_FILES, "local_files_only": local_files_only}
-        return Path(cast(str, snapshot_download(name, revision=revision, **options)))
+        folder = Path(cast(str, snapshot_download(name, revision=revision, **options)))
+        if local_files_only and not all((folder / file).is_file() for file in _RUN_FILES):
+            raise FileNotFoundError(folder)  # older versions of huggingface_hub return half a folder
+        return folder
 
     problem = partial(_hub_problem, name, revision)
     if re.fullmatch("[0-9a-f]{40}", revision or "") or problem():
