@@ -230,6 +230,7 @@ def test_a_full_disk_leaves_nothing(save_random_run, tmp_path, monkeypatch, to):
 
     monkeypatch.setattr("clip475.models.hub.write_json", full)
     monkeypatch.setattr("clip475.searching.export.write_json", full)
+    monkeypatch.setattr("clip475.searching.export._write_towers", lambda model, folder: 0.0)
     run = save_random_run(tmp_path / "run")
     with pytest.raises(OSError):
         _export_run(run, to, tmp_path / "out")
