@@ -60,6 +60,18 @@ def test_a_notebook_names_its_kernel_and_nothing_else(path):
     assert json.loads(path.read_text(encoding="utf-8"))["metadata"] == {"kernelspec": KERNEL}
 
 
+@pytest.mark.parametrize("path", ALL_NOTEBOOKS, ids=name_of)
+def test_every_kept_figure_has_an_alternative_text(path):
+    "`core.figures` writes it when a figure is shown; `Image` and `display` take one."
+    for cell in read_notebook(path):
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                alt = output["metadata"].get("image/png", {}).get("alt")
+                assert alt, (
+                    f"cell {cell['id']}: run the notebook anew, or give its figure an alternative text"
+                )
+
+
 # ── the order of packages and modules ──
 
 

@@ -113,7 +113,7 @@ def _axes_in_words(ax: Axes) -> str:
 
 def _describe(fig: Figure) -> str:
     "What a figure shows, in at most 500 characters; pictures come first, with their titles."
-    axes = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
+    axes: list[Any] = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
     axes += [inset for ax in axes for inset in ax.child_axes]
     pictures = [ax for ax in axes if any(np.asarray(image.get_array()).ndim == 3 for image in ax.images)]
     titles = [" ".join(ax.get_title().split()) for ax in pictures]
