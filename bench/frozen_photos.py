@@ -4,7 +4,7 @@
 
 FOLDER holds captioned photographs with three splits (Flickr8k, or a captions.csv with a column `split`). A
 run that was stopped goes on with the same command; what is finished stands in RUN/frozen.json at any time.
-With `--so-far`, nothing is trained and what is finished is printed. `--arms` takes some arms only, such as
+With `--so-far`, nothing is trained and the arms that are finished with all seeds are printed. `--arms` takes some arms only, such as
 the three that most claims compare: spec all head-only.
 """
 
@@ -30,6 +30,11 @@ def main() -> None:
     kept = Path(args.run) / "frozen.json"
     if args.so_far:
         found = read_json(kept)
+        seeds = set(found["scale"]["seeds"])
+        arms = {r["arm"] for r in found["results"]}
+        done = {a for a in arms if seeds == {r["seed"] for r in found["results"] if r["arm"] == a}}
+        found["results"] = [r for r in found["results"] if r["arm"] in done]
+        found["tuning"] = [t for t in found["tuning"] if t["arm"] in done]
     else:
         found = _photo_experiment(args.folder, args.run, resume=True, arms=args.arms)
     found["run"] = Path(found["run"]).name
