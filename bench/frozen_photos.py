@@ -4,8 +4,8 @@
 
 FOLDER holds captioned photographs with three splits (Flickr8k, or a captions.csv with a column `split`). A
 run that was stopped goes on with the same command; what is finished stands in RUN/frozen.json at any time.
-With `--so-far`, nothing is trained and the arms that are finished with all seeds are printed. `--arms` takes some arms only, such as
-the three that most claims compare: spec all head-only.
+With `--so-far`, nothing is trained and the arms that are finished with all seeds are printed. `--arms` takes
+some arms only, such as the three that most claims compare: spec all head-only.
 """
 
 import argparse

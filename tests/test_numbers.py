@@ -75,7 +75,6 @@ ELSEWHERE: dict[tuple[str, str], str] = {
     ("02_scenes.ipynb", "sixteen kinds of things"): "counted in data/01_drawings",
     ("06_download.ipynb", "nineteen stay"): ARITHMETIC,
     ("02_held_out.ipynb", "ln 16 = 2.77"): ARITHMETIC,
-    ("12_mistakes.ipynb", "starts near 4.2"): ARITHMETIC,
     ("12_mistakes.ipynb", "4.16 is ln 64"): ARITHMETIC,
     ("12_mistakes.ipynb", "Recall@10 is about 90 %"): STORY,
     ("13_full_run.ipynb", "one image costs 24.5 billion"): ARITHMETIC,
