@@ -41,8 +41,8 @@ test: dev
 	&& OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/browser --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: dev
-	$(BIN)/ruff check --quiet nbs clip475 tests bench tools
-	$(BIN)/ruff format --quiet --check nbs tests bench tools
+	$(BIN)/ruff check --quiet nbs clip475 tests bench tools docs
+	$(BIN)/ruff format --quiet --check nbs tests bench tools docs
 	$(BIN)/mypy --no-error-summary
 	$(BIN)/zizmor --quiet --offline .github
 
