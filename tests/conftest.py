@@ -1,7 +1,14 @@
 "What several test modules share."
 
+import signal
+
 import pytest
 import torch
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so does every process that they
+# start; some tests send it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
