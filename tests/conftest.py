@@ -36,3 +36,23 @@ def save_random_run():
         return save_model(build_model(config), config, folder)
 
     return save
+
+
+_SLOWEST = (
+    "distributed",
+    "handin",
+    "run",
+    "experiments",
+    "course",
+    "kill",
+    "ablation",
+    "hostile",
+    "export",
+    "hub",
+)
+
+
+def pytest_collection_modifyitems(items):
+    "The slowest files first, so that no process is left with one of them at the end."
+    place = {f"test_{name}.py": number for number, name in enumerate(_SLOWEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
