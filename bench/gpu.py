@@ -40,22 +40,13 @@ def one_way(name, batch, size, steps):
     "Images per second and peak memory of the lab's step, on random pixels that are on the device already."
     import torch
     import torch.nn.functional as F
+    from train import shapes_of_the_specification
 
-    from clip475.core.config import LabConfig
     from clip475.core.devices import pick_device
     from clip475.training.steps import _set_training_mode, start_training, train_step
 
     device = pick_device()
-    config = LabConfig.from_preset(
-        "coco",
-        data="scenes",
-        text_model="builtin",
-        text_revision=None,
-        backbone_weights=None,
-        batch_size=batch,
-        image_size=size,
-        **WAYS[name],
-    )
+    config = shapes_of_the_specification(batch, size, **WAYS[name])
     state = start_training(config)
     if "plain" in name:
         state.model.to(memory_format=torch.contiguous_format)

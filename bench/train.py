@@ -235,13 +235,9 @@ def in_turns(sides, rounds, device):
     return {name: median(t) for name, t in times.items()}
 
 
-def measure(batch, rounds, size=224):
-    from clip475.data.captions import load_split
-    from clip475.data.tokens import load_tokenizer, tokenize
-
-    device = pick_device()
-    process_group = ProcessGroup(device=device)
-    config = LabConfig.from_preset(
+def shapes_of_the_specification(batch, size, **fields):
+    "The configuration of the preset `coco` that needs no file: random weights, the built-in tokenizer."
+    return LabConfig.from_preset(
         "coco",
         data="scenes",
         text_model="builtin",
@@ -249,7 +245,17 @@ def measure(batch, rounds, size=224):
         backbone_weights=None,
         batch_size=batch,
         image_size=size,
+        **fields,
     )
+
+
+def measure(batch, rounds, size=224):
+    from clip475.data.captions import load_split
+    from clip475.data.tokens import load_tokenizer, tokenize
+
+    device = pick_device()
+    process_group = ProcessGroup(device=device)
+    config = shapes_of_the_specification(batch, size)
     with TemporaryDirectory() as folder:
         split = load_split(make_pictures(Path(folder), max(2 * batch, 64)), "train")
         tokens = tokenize(split.captions, load_tokenizer())["input_ids"]
