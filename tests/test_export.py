@@ -17,6 +17,7 @@ from clip475.core.config import LabConfig
 from clip475.core.files import LabError
 from clip475.data.photos import load_photos
 from clip475.evaluation.retrieval import evaluate_retrieval, retrieval_table
+from clip475.models.hub import _carried_code
 from clip475.models.joint import build_model, save_model
 from clip475.searching.export import _export_run
 from clip475.searching.index import SearchIndex
@@ -243,3 +244,8 @@ def test_a_graph_that_computes_something_else_is_not_kept(save_random_run, tmp_p
     with pytest.raises(LabError, match="nothing was written"):
         _export_run(save_random_run(tmp_path / "run"), "onnx", tmp_path / "out")
     assert os.listdir(tmp_path) == ["run"]
+
+
+def test_the_carried_code_names_nothing_of_the_lab():
+    imported = [line for line in _carried_code().splitlines() if line.startswith(("import ", "from "))]
+    assert imported and not any("clip475" in line or "from ." in line for line in imported)

@@ -87,16 +87,17 @@ class TextEncoder(nn.Module):
             return F.normalize(output.text_embeds.float(), dim=-1)  # (B, D), not pooler_output
 
 # %% ../../nbs/lib/models/02_text.ipynb #b1658021
-def _mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return (states * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+_POOLINGS = ("mean", "mean_sqrt_len", "cls", "max")
 
 
-_POOLINGS = {  # hidden states (B, L, width) and mask (B, L, 1) → (B, width)
-    "mean": _mean,
-    "mean_sqrt_len": lambda states, mask: (states * mask).sum(1) / mask.sum(1).clamp(min=1e-9).sqrt(),
-    "cls": lambda states, mask: states[:, 0],
-    "max": lambda states, mask: states.masked_fill(mask == 0, -torch.inf).amax(1),
-}
+def _pool(pooling: str, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    "Hidden states (B, L, width) with a mask (B, L, 1) as one vector for each text, (B, width)."
+    if pooling == "cls":
+        return states[:, 0]
+    if pooling == "max":
+        return states.masked_fill(mask == 0, -torch.inf).amax(1)
+    words = mask.sum(1).clamp(min=1e-9)
+    return (states * mask).sum(1) / (words.sqrt() if pooling == "mean_sqrt_len" else words)
 
 
 class _SentenceTower(nn.Module):
@@ -114,7 +115,7 @@ class _SentenceTower(nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         states = self.text_model(input_ids=input_ids, attention_mask=mask).last_hidden_state
-        pooled = _POOLINGS[self.pooling](states, mask[..., None].to(states.dtype))
+        pooled = _pool(self.pooling, states, mask[..., None].to(states.dtype))
         return SimpleNamespace(text_embeds=self.text_projection(pooled), last_hidden_state=states)
 
 
@@ -162,7 +163,7 @@ def _pooling_of(name: str, revision: str | None, place: str) -> str:
     }
     named = about.get("pooling_mode")  # as newer versions write it
     modes |= {named} if isinstance(named, str) else set()
-    if len(modes) != 1 or not modes <= _POOLINGS.keys():
+    if len(modes) != 1 or not modes <= set(_POOLINGS):
         raise _unfit(name, f"declares the pooling {' and '.join(sorted(modes)) or 'none'}")
     return modes.pop()
 
