@@ -75,14 +75,16 @@ def make_data(args):
     rows, counts = [], {}
     flickr = captioned(Path(args.flickr8k).resolve())
     names = by_hash(flickr)
-    parts = {"val": names[: args.val], "train": names[args.val :]}
+    parts = {"val": names[: args.val], "train": names[args.val + args.test :]}
+    if args.test:
+        parts["test"] = names[args.val : args.val + args.test]
     everything = dict(flickr)
     if args.coco:
         more = captioned(Path(args.coco).resolve(), {photo.image_id for photo in load_photos()})
         everything |= more
         names = by_hash(more)
         parts["train"] = parts["train"] + names[300:]
-        parts["test"] = names[:300]
+        parts["test"] = parts.get("test", []) + names[:300]
     for split, paths in parts.items():
         counts[split] = len(paths)
         for path in paths:
@@ -246,6 +248,7 @@ def main():
     data.add_argument("--flickr8k", required=True)
     data.add_argument("--coco")
     data.add_argument("--val", type=int, default=1000)
+    data.add_argument("--test", type=int, default=0, help="Flickr8k pictures for a third split")
     arm = commands.add_parser("arm")
     arm.add_argument("arm", choices=list(ARMS))
     arm.add_argument("folder")

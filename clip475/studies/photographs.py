@@ -28,7 +28,7 @@ from .held_out import _ExperimentData, _Scale
 from ..training.batches import PreparedSplit
 
 # %% ../../nbs/lib/studies/08_photographs.ipynb #a054f2a5
-_PHOTO_SCALE = _Scale(768, 200, 163, 96, 32, 3, 24, (1, 2, 3, 4, 5), 0, (3e-4, 1e-3, 3e-3), 100)
+_PHOTO_SCALE = _Scale(768, 200, 163, 96, 32, 3, 24, (1, 2, 3, 4, 5), 0, (3e-4, 1e-3, 3e-3), 200)
 _PHOTO_GROUPS = ("seen", "coco")  # validation pictures of the training collection, and of another one
 _PHOTO_ARMS = (  # the last ones are run where there is time
     *("spec", "all", "head-only", "random text, frozen", "random image", "no L2"),
