@@ -37,8 +37,8 @@ demo: $(VENV)/.installed
 test: dev
 	@$(MAKE) --no-print-directory docs & site=$$!; $(MAKE) --no-print-directory lint && wait $$site
 	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && export TMPDIR="$$tmp" && set -x \
-	&& $(BIN)/nbdev_test --n_workers 2 --path nbs \
-	&& OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/browser --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	&& export OMP_NUM_THREADS=1 && $(BIN)/nbdev_test --n_workers 2 --path nbs \
+	&& $(BIN)/python -m pytest --ignore=tests/browser --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: dev
 	$(BIN)/ruff check --quiet nbs clip475 tests bench tools docs
