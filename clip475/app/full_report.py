@@ -82,6 +82,7 @@ _REASONS = {
     "on_copies": "a picture in two splits must not go unnoticed",
     "image_column": "only for a list with columns of one's own",
     "caption_column": "only for a list with columns of one's own",
+    "stream": "only for shards that do not fit the disk a second time; same model",
     "freeze_batchnorm": "the specification trains the whole ResNet50",
     "policy": "the specification trains the whole image tower",
     "policy_blocks": "counts for the policy last-n alone",

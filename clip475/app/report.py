@@ -170,7 +170,7 @@ def _hardware(config: LabConfig, device: torch.device) -> dict[str, str]:
 def _in_two_splits(splits: Sequence[PreparedSplit], config: LabConfig) -> dict[str, list[list[str]]]:
     "Pairs of pictures in two splits, each as “split: file”: of the same content, and that look alike."
     pairs: dict[str, list[list[str]]] = {"in_two_splits": [], "alike_in_two_splits": []}
-    look = config.data != "scenes"  # drawn scenes resemble each other
+    look = config.data != "scenes" and not config.stream  # scenes are alike; a stream is not read
     for copy in _copies([split.split for split in splits], [split.pixels for split in splits], look):
         labels = [_label(splits[number].split, row) for number, row in (copy.first, copy.second)]
         pairs["in_two_splits" if copy.same else "alike_in_two_splits"].append(labels)

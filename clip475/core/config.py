@@ -246,6 +246,9 @@ class LabConfig:
         None, _optional(_text()), "the column of file names in a list of your own; None: by its known names"
     )
     caption_column: str | None = _field(None, _optional(_text()), "the column of captions, likewise")
+    stream: bool = _field(
+        False, _boolean(), "read training pictures out of .tar shards at each step, instead of packing them"
+    )
     augment: str = _field(
         "none",
         _any_of("none", "crop", "flip", "jitter"),

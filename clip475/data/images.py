@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -55,10 +56,15 @@ def _stamps(split: CaptionSplit) -> list[_Stamp]:
     return stamps
 
 
+def _content_of(data: bytes) -> str:
+    "16 hex digits of the content of a file."
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def _content(path: Path) -> str | None:
     "16 hex digits of the file's content; None where it cannot be read: the decoder says why."
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return _content_of(path.read_bytes())
     except OSError:
         return None
 
@@ -82,11 +88,25 @@ def _known_contents(split: CaptionSplit, folder: Path) -> tuple[Path, dict[str, 
     return file, {name: entry for name, entry in entries if isinstance(entry, list) and len(entry) == 5}
 
 
+_IN_SHARDS = "in_shards.json"
+
+
+@lru_cache(maxsize=2)
+def _in_shards(folder: Path) -> dict[str, list]:
+    """Where the pictures of a folder are that stay in tar shards (see 11_shards): name → shard, first byte,
+    length and hash of the content. Empty for any other folder."""
+    file = folder / _IN_SHARDS
+    return read_json(file) if file.is_file() else {}
+
+
 def _contents(split: CaptionSplit, folder: Path | None = None) -> list[str]:
     """A hash of the content of each image's file; `_BadImages` names those that are missing.
 
     A file is read again when its length, its times or its number in the file system have changed."""
-    stamps, names = _stamps(split), _names_below(split.root, split.image_paths)
+    names = _names_below(split.root, split.image_paths)
+    if places := _in_shards(split.root):
+        return [places[name][-1] for name in names]
+    stamps = _stamps(split)
     file, known = _known_contents(split, _packed_folder(folder))
     new = [row for row, name in enumerate(names) if known.get(name, [None])[:-1] != stamps[row]]
     if new:

@@ -35,6 +35,7 @@ from clip475.data.images import (
 from ..data.layouts import _read_splits_of_run, read_splits
 from ..data.pixels import _packed_size, augment
 from ..data.scenes import _prepare_scenes
+from ..data.shards import _read_streamed, _ShardPixels, _unpack_from_shards
 from ..data.tokens import load_tokenizer
 from ..models.text import caption_embeddings, load_text_encoder
 from .distributed import ProcessGroup, _share_of_batch
@@ -49,7 +50,7 @@ class PreparedSplit:
     of a frozen backbone, in V views of each image, or None. Raises `LabError` where lengths differ."""
 
     split: CaptionSplit
-    pixels: np.ndarray
+    pixels: Any  # a packed array, or what reads pictures out of shards
     text_embeddings: torch.Tensor
     bad: tuple = ()
     features: torch.Tensor | None = None
@@ -74,6 +75,8 @@ class PreparedSplit:
     @cached_property
     def fingerprint(self) -> str:
         "16 hex digits over the split and every pixel, wherever the files are."
+        if isinstance(self.pixels, _ShardPixels):
+            return fingerprint(self.split.fingerprint, self.pixels.fingerprint)
         starts = range(0, len(self), 1024)
         chunks = [fingerprint(np.asarray(self.pixels[start : start + 1024])) for start in starts]
         return fingerprint(self.split.fingerprint, chunks)
@@ -106,23 +109,33 @@ def _pack_splits(
     replaced: _Replaced = {}
     to_rebuild = set(names) if rebuild else set()
 
-    def pack(split: CaptionSplit) -> np.ndarray:
+    def pack(split: CaptionSplit) -> Any:
         rebuild_now = split.name in to_rebuild
         to_rebuild.discard(split.name)  # after a replacement, what has been decoded is kept
         size = _packed_size(config, split.name == "train")
+        if config.stream and split.name == "train":
+            pixels = _ShardPixels(split, size)
+            if config.on_bad == "replace" and run is None:
+                pixels.check()
+            return pixels
+        if config.stream:
+            _unpack_from_shards(split)
         return pack_images(split, size, progress=progress, rebuild=rebuild_now)
 
     while True:
         excluded = {name: {image_id for image_id, *_ in bad} for name, bad in replaced.items()}
-        found = (
-            read_splits(root, config, excluded)
-            if run is None
-            else _read_splits_of_run(root, run, names, config)
-        )
+        if config.stream:
+            found = _read_streamed(root, config, excluded, run, names)
+        elif run is None:
+            found = read_splits(root, config, excluded)
+        else:
+            found = _read_splits_of_run(root, run, names, config)
         splits = [split for split in found if split.name in names]
         try:
             packed = [pack(split) for split in splits]
-            copies = _copies(splits, packed) if config.on_copies == "replace" and run is None else []
+            copies: list = []
+            if config.on_copies == "replace" and run is None:
+                copies = _copies(splits, packed, look=not config.stream)
             if not copies:
                 return splits, packed, replaced
             known = {(name, image_id) for name, bad in replaced.items() for image_id, *_ in bad}
