@@ -24,7 +24,7 @@ from typing import Any
 
 from .. import __version__
 from ..core.config import PRESETS, LabConfig, _read_value
-from ..core.devices import _check_torch
+from ..core.devices import _check_torch, _keep_freed_memory
 from ..core.files import LabError, _to_json, _visible
 
 # %% ../../nbs/lib/app/12_cli.ipynb #d6591758
@@ -693,6 +693,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _stop_on_sigterm():
             args = _parser().parse_args(argv)
             _check_torch()
+            _keep_freed_memory()
             with _cache_in(args.cache):
                 result, text = args.function(args)
         if result is not None:

@@ -6,8 +6,11 @@
 __all__ = ['seed_everything', 'pick_device', 'autocast_dtype', 'autocast']
 
 # %% ../../nbs/lib/core/04_devices.ipynb #377d9220
+import ctypes
 import importlib
+import os
 import random
+import sys
 from typing import TYPE_CHECKING
 
 from .config import LabConfig
@@ -35,6 +38,21 @@ def pick_device() -> "torch.device":
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+# %% ../../nbs/lib/core/04_devices.ipynb #c8d2f6e3
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # names of mallopt's parameters in malloc.h
+
+
+def _keep_freed_memory() -> bool:
+    """On Linux, let this process keep the memory that it frees, for its next large tensors; returns whether.
+
+    For a process that trains: it is faster and holds a tenth more memory, until it ends. Nothing is changed
+    where the user has set the allocator up (MALLOC_…, GLIBC_TUNABLES), or where it is not that of glibc."""
+    chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if sys.platform != "linux" or chosen:
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return bool(mallopt and mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, 2**31 - 1))
 
 # %% ../../nbs/lib/core/04_devices.ipynb #2ba2334b
 def autocast_dtype(config: LabConfig, device: "torch.device") -> "torch.dtype":

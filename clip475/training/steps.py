@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from ..core.config import LabConfig
-from ..core.devices import autocast, autocast_dtype, pick_device, seed_everything
+from ..core.devices import _keep_freed_memory, autocast, autocast_dtype, pick_device, seed_everything
 from ..core.files import LabError, fingerprint
 from ..data.images import _caption_choice, batches, epoch_order
 from ..data.pixels import normalize
@@ -104,6 +104,7 @@ def start_training(
     optimizer."""
     process_group = process_group or ProcessGroup(device=pick_device())
     device = process_group.device
+    _keep_freed_memory()
     seed_everything(config.seed)
     model = build_model(config, backbone_weights=backbone_weights)
     if config.policy != "spec":
