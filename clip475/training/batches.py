@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..core.config import LabConfig
-from ..core.devices import pick_device
+from ..core.devices import _keep_freed_memory, pick_device
 from ..core.files import LabError, cache_dir, fingerprint
 from ..data.captions import CaptionSplit
 from clip475.data.images import (
@@ -32,7 +32,7 @@ from clip475.data.images import (
     epoch_order,
     pack_images,
 )
-from ..data.layouts import _read_splits_of_run, read_splits
+from ..data.layouts import _detect_layout, _read_splits_of_run, read_splits
 from ..data.pixels import _packed_size, augment
 from ..data.scenes import _prepare_scenes
 from ..data.shards import _read_streamed, _ShardPixels, _unpack_from_shards
@@ -107,24 +107,25 @@ def _pack_splits(
 ) -> tuple[list[CaptionSplit], list[np.ndarray], _Replaced]:
     "Splits, their packed pixels, and the images that others replaced."
     replaced: _Replaced = {}
+    streams = config.stream and ("train" in names or _detect_layout(root) == "webdataset")
     to_rebuild = set(names) if rebuild else set()
 
     def pack(split: CaptionSplit) -> Any:
         rebuild_now = split.name in to_rebuild
         to_rebuild.discard(split.name)  # after a replacement, what has been decoded is kept
         size = _packed_size(config, split.name == "train")
-        if config.stream and split.name == "train":
+        if streams and split.name == "train":
             pixels = _ShardPixels(split, size)
             if config.on_bad == "replace" and run is None:
                 pixels.check()
             return pixels
-        if config.stream:
+        if streams:
             _unpack_from_shards(split)
         return pack_images(split, size, progress=progress, rebuild=rebuild_now)
 
     while True:
         excluded = {name: {image_id for image_id, *_ in bad} for name, bad in replaced.items()}
-        if config.stream:
+        if streams:
             found = _read_streamed(root, config, excluded, run, names)
         elif run is None:
             found = read_splits(root, config, excluded)
@@ -135,7 +136,7 @@ def _pack_splits(
             packed = [pack(split) for split in splits]
             copies: list = []
             if config.on_copies == "replace" and run is None:
-                copies = _copies(splits, packed, look=not config.stream)
+                copies = _copies(splits, packed, look=not streams)
             if not copies:
                 return splits, packed, replaced
             known = {(name, image_id) for name, bad in replaced.items() for image_id, *_ in bad}
@@ -176,6 +177,7 @@ def prepare_data(
     `names` picks some of them. `rebuild=True` makes the caches anew. `run`: a run folder, whose split.json
     says by file which images are in each split; nothing is drawn then. Raises `LabError` where files are
     missing, changed or damaged."""
+    _keep_freed_memory()
     root = _data_root(config, progress)
     splits, packed, replaced = _pack_splits(root, config, names, progress, rebuild, run)
     if progress:
