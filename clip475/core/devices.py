@@ -46,7 +46,7 @@ _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # names of mallopt's parameters in malloc.h
 def _keep_freed_memory() -> bool:
     """On Linux, let this process keep the memory that it frees, for its next large tensors; returns whether.
 
-    For a process that trains: it is faster and holds a tenth more memory, until it ends. Nothing is changed
+    For a process that trains: it is faster and holds more memory until it ends. Nothing is changed
     where the user has set the allocator up (MALLOC_…, GLIBC_TUNABLES), or where it is not that of glibc."""
     chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if sys.platform != "linux" or chosen:
