@@ -803,6 +803,7 @@ class _Picture(NamedTuple):
     name: str
     data: bytes
     captions: list[str]
+    place: tuple[int, int] | None = None  # first byte and length in a .tar; None for a link
 
 
 def _tar_pictures(file: Path, options: _Options) -> Iterator[_Picture]:
@@ -821,7 +822,10 @@ def _tar_pictures(file: Path, options: _Options) -> Iterator[_Picture]:
                 if picture:
                     content = {s: tar.extractfile(parts[s]) for s in (picture, ".txt", ".json") if s in parts}
                     data = {s: f.read() for s, f in content.items() if f}
-                    yield _Picture(key + picture, data[picture], _tar_captions(file, key, data))
+                    member = parts[picture]
+                    whole = member.isreg() and not member.issparse()
+                    place = (member.offset_data, member.size) if whole else None
+                    yield _Picture(key + picture, data[picture], _tar_captions(file, key, data), place)
     except (tarfile.TarError, EOFError, OSError) as e:
         raise LabError(f"{file}: this is no whole .tar file ({e}); fetch it again") from None
 
@@ -874,12 +878,15 @@ def _parquet_pictures(file: Path, options: _Options) -> Iterator[_Picture]:
         yield _Picture(name, data, _several_captions(captions))
 
 # %% ../../nbs/lib/data/05_layouts.ipynb #7d4cd73d
-_LIST_OF_SHARDS = "captions.jsonl"  # in the folder of what was unpacked
+_LIST_OF_SHARDS = "captions.jsonl"  # in the folder that is made of shards
 _SHARDS = {".tar": _tar_pictures, ".parquet": _parquet_pictures}
 
 
-def _unpack(root: Path, files: Sequence[Path], folder: Path, options: _Options) -> None:
-    "Write all pictures of the shards into `folder`, and a captions.jsonl about them."
+_Keep = Callable[[Path, str, _Picture], None]
+
+
+def _list_shards(root: Path, files: Sequence[Path], folder: Path, options: _Options, keep: _Keep) -> None:
+    "Call `keep(shard, name, picture)` for each picture with captions; write their list into `folder`."
     lines, without = [], 0
     for file in files:
         shard = file.relative_to(root).with_suffix("").as_posix()
@@ -889,8 +896,7 @@ def _unpack(root: Path, files: Sequence[Path], folder: Path, options: _Options) 
                 continue
             name = f"{shard}/{_inside(file, 'an entry', picture.name)}"
             captions = [_stripped_caption(file, picture.name, caption) for caption in picture.captions]
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(picture.data)
+            keep(file, name, picture)
             split = _split_of_shard(shard)
             entry = {"file_name": name, "captions": captions}
             lines.append(entry if split == "all" else entry | {"split": split})
@@ -898,22 +904,42 @@ def _unpack(root: Path, files: Sequence[Path], folder: Path, options: _Options) 
         _note_once(f"{root}: {without:,} pictures in the shards have no caption and are left out")
     write_text(folder / _LIST_OF_SHARDS, "".join(json.dumps(line) + "\n" for line in lines))
 
+
+def _unpack(root: Path, files: Sequence[Path], folder: Path, options: _Options) -> None:
+    "Write all pictures of the shards into `folder`, and the list of them."
+
+    def keep(file: Path, name: str, picture: _Picture) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(picture.data)
+
+    _list_shards(root, files, folder, options, keep)
+
+
+def _megabytes(files: Sequence[Path]) -> str:
+    return f"{sum(file.stat().st_size for file in files) / 1e6:,.1f} MB"
+
+
+def _made_once(folder: Path, note: str, make: Callable[[Path], None]) -> Path:
+    "`folder` of the cache, which `make` fills if it is not there; `note` is said then."
+    if not folder.is_dir():
+        _note_once(note)
+        try:
+            with _atomic_path(folder) as part:
+                part.mkdir()
+                make(part)
+        except OSError:
+            if not folder.is_dir():  # else another process was as quick
+                raise
+    return folder
+
 # %% ../../nbs/lib/data/05_layouts.ipynb #b46c9f3b
 def _read_shards(suffix: str, root: Path, options: _Options) -> _Pools:
     "The pools of a folder of shards, which are unpacked into the cache first."
     files = _shards(root, suffix)
     stamps = [[file.name, *_file_stamp(file.stat())[:2]] for file in files]
     folder = cache_dir() / "unpacked" / f"{root.name}-{fingerprint(str(root.absolute()), stamps, options)}"
-    if not folder.is_dir():
-        size = sum(file.stat().st_size for file in files)
-        _note_once(f"{root}: unpacking {len(files):,} {suffix} files ({size / 1e6:,.1f} MB) into {folder}")
-        try:
-            with _atomic_path(folder) as part:
-                part.mkdir()
-                _unpack(root, files, part, options)
-        except OSError:
-            if not folder.is_dir():  # else another process was as quick
-                raise
+    note = f"{root}: unpacking {len(files):,} {suffix} files ({_megabytes(files)}) into {folder}"
+    _made_once(folder, note, lambda part: _unpack(root, files, part, options))
     list_of_all = folder / _LIST_OF_SHARDS
     return _make_pools(folder, list_of_all, _csv_images(folder, list_of_all))
 

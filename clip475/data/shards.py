@@ -7,11 +7,11 @@ __all__ = []
 
 # %% ../../nbs/lib/data/11_shards.ipynb #0e64ef36
 import io
-import json
 import tarfile
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,69 +25,51 @@ from clip475.core.files import (
     cache_dir,
     fingerprint,
     write_json,
-    write_text,
 )
 from .captions import CaptionSplit, _names_below
 from .images import _IN_SHARDS, _BadImages, _content_of, _cores, _in_shards
 from clip475.data.layouts import (
+    _LIST_OF_SHARDS,
     _csv_images,
     _detect_layout,
-    _inside,
-    _note_once,
+    _list_shards,
+    _made_once,
+    _megabytes,
     _numbered,
     _Options,
+    _Picture,
     _pool,
     _Pools,
     _shards,
-    _split_of_shard,
-    _stripped_caption,
-    _tar_pictures,
 )
 from .pixels import _BadImage, _read_square
 from .splits import _recorded_splits, _splits_of_run, check_disjoint, draw_splits
 
 # %% ../../nbs/lib/data/11_shards.ipynb #a1c8bfd1
-def _positions(file: Path) -> dict[str, tuple[int, int]]:
-    "First byte and length of each file in a shard, by its name with the suffix in small letters."
-    found: dict[str, tuple[int, int]] = {}
+def _check_uncompressed(file: Path) -> None:
     try:
-        tar = tarfile.open(file, "r:")
+        tarfile.open(file, "r:").close()
     except tarfile.ReadError:
-        raise LabError(
-            f"{file}: this shard is compressed, and stream=true reads plain .tar files; write it anew"
-        ) from None
-    with tar:
-        for member in tar:
-            folder, slash, name = member.name.rpartition("/")
-            stem, _, suffix = name.partition(".")
-            if member.isreg() and not member.issparse():
-                found.setdefault(f"{folder}{slash}{stem}.{suffix.lower()}", (member.offset_data, member.size))
-    return found
+        with suppress(tarfile.ReadError), tarfile.open(file):
+            raise LabError(
+                f"{file}: this shard is compressed, and stream=true reads plain .tar files; write it anew"
+            ) from None
 
 
 def _note_shards(root: Path, files: Sequence[Path], folder: Path, options: _Options) -> None:
-    "Write into `folder` the captions of all pictures in the shards, and where each picture is."
-    lines, places, without = [], {}, 0
+    "Write into `folder` the list of all pictures in the shards, and where each of them is."
+    places = {}
+
+    def keep(file: Path, name: str, picture: _Picture) -> None:
+        if picture.place is None:
+            raise LabError(
+                f"{file}: {picture.name!r} is a link in it; make the shard again with the picture itself"
+            )
+        places[name] = [str(file), *picture.place, _content_of(picture.data)]
+
     for file in files:
-        shard = file.relative_to(root).with_suffix("").as_posix()
-        split, positions = _split_of_shard(shard), None
-        for picture in _tar_pictures(file, options):
-            if not picture.captions:
-                without += 1
-                continue
-            name = f"{shard}/{_inside(file, 'an entry', picture.name)}"
-            captions = [_stripped_caption(file, picture.name, caption) for caption in picture.captions]
-            positions = positions or _positions(file)
-            if positions.get(picture.name, (0, -1))[1] != len(picture.data):
-                raise LabError(
-                    f"{file}: {picture.name!r} is a link in it; make the shard again with the picture itself"
-                )
-            places[name] = [str(file), *positions[picture.name], _content_of(picture.data)]
-            entry = {"file_name": name, "captions": captions}
-            lines.append(entry if split == "all" else entry | {"split": split})
-    if without:
-        _note_once(f"{root}: {without:,} pictures in the shards have no caption and are left out")
-    write_text(folder / "captions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        _check_uncompressed(file)
+    _list_shards(root, files, folder, options, keep)
     write_json(folder / _IN_SHARDS, places)
 
 
@@ -101,22 +83,13 @@ def _noted_shards(root: Path, options: _Options) -> Path:
     files = _shards(root, ".tar")
     stamps = [[file.relative_to(root).as_posix(), *_file_stamp(file.stat())[:2]] for file in files]
     folder = cache_dir() / "streamed" / f"{root.name}-{fingerprint(str(root), stamps, options)}"
-    if not folder.is_dir():
-        size = sum(file.stat().st_size for file in files)
-        _note_once(f"{root}: noting where the pictures are in {len(files):,} shards ({size / 1e6:,.1f} MB)")
-        try:
-            with _atomic_path(folder) as part:
-                part.mkdir()
-                _note_shards(root, files, part, options)
-        except OSError:
-            if not folder.is_dir():  # else another process was as quick
-                raise
-    return folder
+    note = f"{root}: noting where the pictures are in {len(files):,} shards ({_megabytes(files)})"
+    return _made_once(folder, note, lambda part: _note_shards(root, files, part, options))
 
 # %% ../../nbs/lib/data/11_shards.ipynb #fea6f174
 def _streamed_pools(folder: Path) -> _Pools:
     "All that the shards have, by split."
-    file, by_split = folder / "captions.jsonl", defaultdict(list)
+    file, by_split = folder / _LIST_OF_SHARDS, defaultdict(list)
     for image in _numbered(file, _csv_images(folder, file)):
         by_split[image.split].append(image)
     if not by_split or ("all" in by_split and len(by_split) > 1):
