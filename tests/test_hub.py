@@ -7,10 +7,14 @@ import shutil
 import pytest
 import torch
 from hub_server import COMMIT, Hub
+from huggingface_hub import constants
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
 
 from clip475.core.config import LabConfig
-from clip475.core.files import LabError, _note_once
+from clip475.core.files import LabError, _note_once, cache_dir
+from clip475.data.download import _Patience
 from clip475.data.tokens import _builtin_text_folder, load_tokenizer
+from clip475.models import text
 from clip475.models.text import load_text_encoder
 from clip475.searching.model import ImageTextModel, load
 
@@ -23,6 +27,7 @@ CONFIG = LabConfig.from_preset("tiny", text_model=NAME, text_revision=COMMIT)
 def hub(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     shutil.copytree(_builtin_text_folder(), folder)
+    monkeypatch.setenv("CLIP475_CACHE", str(tmp_path / "lab"))
     with Hub(folder) as server:
         server.point_here(monkeypatch, tmp_path / "cache")
         yield server
@@ -103,6 +108,66 @@ def test_a_download_that_is_cut_leaves_nothing_that_passes_for_whole(hub, tmp_pa
 def test_a_file_of_the_hub_that_is_no_tower(hub):
     (hub.folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     assert "text_model" in refusal(load_text_encoder, CONFIG)
+
+
+# ── the text half of a model with two towers ──
+
+
+@pytest.fixture
+def two_towers(hub, monkeypatch):
+    "CLIP with the text tower that comes with the lab, as CLIP's own file holds it; its weights file."
+    monkeypatch.setattr(text, "_PATIENCE", _Patience(tries=3, sleep=lambda seconds: None))
+    shape = CLIPTextConfig.from_pretrained(hub.folder)
+    vision = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=3, num_attention_heads=8)
+    clip = CLIPModel(CLIPConfig(text_config=shape.to_dict(), vision_config=vision, projection_dim=512))
+    builtin = load_text_encoder(LabConfig.from_preset("tiny")).tower
+    missing, unexpected = clip.load_state_dict(builtin.state_dict(), strict=False)
+    assert missing and not unexpected
+    clip.save_pretrained(hub.folder)
+    return hub.folder / "model.safetensors"
+
+
+def test_only_the_text_half_is_fetched_and_kept(hub, two_towers, tmp_path, monkeypatch, capsys):
+    right = [p.clone() for p in load_text_encoder(LabConfig.from_preset("tiny")).parameters()]
+    _note_once.cache_clear()
+    assert equal(weights(), right)
+    share = hub.sent[two_towers.name] / two_towers.stat().st_size
+    halves = [path for path in cache_dir().rglob("*.safetensors") if COMMIT in str(path)]
+    assert len(halves) == 1 and halves[0].stat().st_size == pytest.approx(hub.sent[two_towers.name], rel=1e-3)
+    assert share < 0.6 and "text half" in capsys.readouterr().err
+    sent, asked = dict(hub.sent), hub.asked
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert equal(weights(), right) and (hub.sent, hub.asked) == (sent, asked)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with halves[0].open("r+b") as f:
+        f.seek(500_000)
+        f.write(b"\x55" * 16_384)
+    assert equal(weights(), right) and "has changed since" in capsys.readouterr().err
+
+
+def test_a_text_half_that_is_cut_goes_on_where_it_was(hub, two_towers):
+    right = load_text_encoder(LabConfig.from_preset("tiny")).parameters()
+    hub.cut, hub.cuts = two_towers.name, 5
+    assert equal(weights(), list(right))
+    assert hub.sent[two_towers.name] < 0.6 * two_towers.stat().st_size
+
+
+def test_a_server_of_whole_files_gives_the_whole_file(hub, two_towers, capsys):
+    right = load_text_encoder(LabConfig.from_preset("tiny")).parameters()
+    hub.ranges = False
+    _note_once.cache_clear()
+    assert equal(weights(), list(right))
+    assert "whole files only" in capsys.readouterr().err
+    assert not list(cache_dir().rglob(f"*{COMMIT}*"))  # nothing half is kept
+
+
+@pytest.mark.parametrize(
+    "start", [b"", bytes(8), b"\xff" * 16, b"\x08" + bytes(7) + b'{"a": 1}', b"PK\3\4" * 9]
+)
+def test_a_two_tower_file_that_is_damaged_on_the_hub(hub, two_towers, start):
+    two_towers.write_bytes(start)
+    assert "did not come from the hub" in refusal(load_text_encoder, CONFIG)
+    assert not list(cache_dir().rglob(f"*{COMMIT}*"))
 
 
 # ── whole models ──

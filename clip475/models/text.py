@@ -6,19 +6,24 @@
 __all__ = ['TextEncoder', 'load_text_encoder', 'encode_texts', 'caption_embeddings', 'known_token_share']
 
 # %% ../../nbs/lib/models/02_text.ipynb #6bb9a52d
+import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.utils import build_hf_headers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm.auto import tqdm
@@ -35,15 +40,36 @@ from transformers import (
 from .. import __version__
 from ..core.config import LabConfig
 from ..core.devices import autocast_dtype
-from ..core.files import LabError, cache_dir, fingerprint, read_json, save_tensors
+from clip475.core.files import (
+    LabError,
+    _atomic_path,
+    _file_stamp,
+    _note_once,
+    cache_dir,
+    fingerprint,
+    read_json,
+    save_tensors,
+    write_text,
+)
 from ..data.captions import CaptionSplit
+from clip475.data.download import (
+    _open_pool,
+    _Patience,
+    _pieces,
+    _request,
+    _TryAgain,
+    _Unavailable,
+    _with_retries,
+)
 from clip475.data.tokens import (
     _CLIP_KINDS,
     _clean,
     _cleaning_name,
+    _hub_problem,
     _load_pretrained,
     _one_line,
     _pad_tokens,
+    _source,
     _token_ids,
     _tower_file,
     _tower_kind,
@@ -206,6 +232,143 @@ def _sentence_tower(name: str, revision: str | None, text_model: Any, pretrained
         raise _unfit(name, "declares no pooling")
     return _SentenceTower(text_model, pooling, nn.Sequential(*dense), width)
 
+# %% ../../nbs/lib/models/02_text.ipynb #7d0c5a12
+_TEXT_PARTS = ("text_model.", "text_projection.")
+_PATIENCE = _Patience(tries=3)  # seconds, not minutes
+
+
+def _get_span(
+    pool: Any, url: str, headers: dict[str, str], span: list[int], take: Callable[[bytes], Any]
+) -> None:
+    "Hand the bytes [first, end) of `url` to `take`; `span` shrinks, so that another try goes on from there."
+    first, end = span
+    asked = headers | {"Range": f"bytes={first}-{end - 1}"}
+    response = _request(pool, url, _PATIENCE.timeout, asked)
+    if not response.headers.get("Content-Range", "").startswith(f"bytes {first}-"):
+        response.close()
+        raise _Unavailable("the server gives whole files only")
+    try:
+        for piece in _pieces(response, Event(), float("inf"), end - first):
+            take(piece)
+            span[0] += len(piece)
+    except _TryAgain as e:
+        raise _TryAgain(str(e), e.after, progress=span[0] > first) from None
+    if span[0] < end:
+        raise _TryAgain("the answer is too short", progress=span[0] > first)
+
+
+def _text_entries(table: dict[str, Any]) -> tuple[dict[str, Any], list[list[int]]]:
+    "The text tower's part of a safetensors table, at new places, and the spans of bytes that it needs."
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    spans: list[list[int]] = []
+    at = 0
+    for name in sorted(table, key=lambda name: table[name]["data_offsets"]):
+        if not name.startswith(_TEXT_PARTS):
+            continue
+        first, end = table[name]["data_offsets"]
+        entries[name] = table[name] | {"data_offsets": [at, at + end - first]}
+        at += end - first
+        if spans and spans[-1][1] == first:
+            spans[-1][1] = end
+        else:
+            spans.append([first, end])
+    return entries, spans
+
+
+def _fetch_text_half(name: str, url: str, file: Path) -> bool:
+    "Write the text tower's part of the weights at `url` to `file`; False if there is little else in them."
+    pool, headers = _open_pool(url), build_hf_headers()
+
+    def get(span: list[int], take: Callable[[bytes], Any]) -> None:
+        _with_retries(lambda: _get_span(pool, url, headers, span, take), _PATIENCE, Event())
+
+    start = bytearray()
+    get([0, 8], start.extend)
+    begin = 8 + int.from_bytes(start, "little")
+    if begin > 10**7:
+        raise _Unavailable("its file does not begin as a safetensors file")
+    get([8, begin], start.extend)
+    try:
+        table = json.loads(start[8:])
+        table.pop("__metadata__", None)
+        entries, spans = _text_entries(table)
+        whole = max(entry["data_offsets"][1] for entry in table.values())
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise _Unavailable("its file does not begin as a safetensors file") from None
+    part = sum(end - first for first, end in spans)
+    if not 0 < part < 0.9 * whole:
+        return False
+    _note_once(
+        f"{name}: its text half, {part / 1e6:,.0f} MB of {whole / 1e6:,.0f}, is fetched once from the hub"
+    )
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    digest = hashlib.sha256()
+    with (
+        _atomic_path(file) as path,
+        open(path, "wb") as f,
+        tqdm(desc=name, total=part, unit="B", unit_scale=True) as bar,
+    ):
+
+        def take(piece: bytes) -> None:
+            f.write(piece)
+            digest.update(piece)
+            bar.update(len(piece))
+
+        take(len(header).to_bytes(8, "little") + header)
+        for first, end in spans:
+            get([begin + first, begin + end], take)
+    write_text(file.with_suffix(".sha256"), digest.hexdigest() + "\n")
+    return True
+
+# %% ../../nbs/lib/models/02_text.ipynb #7d0c5a13
+@lru_cache
+def _sha256(file: Path, stamp: tuple[int, ...]) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _has_its_checksum(file: Path) -> bool:
+    "Whether `file` is there and is what its neighbour .sha256 says."
+    noted = file.with_suffix(".sha256")
+    if not (file.is_file() and noted.is_file()):
+        return False
+    if _sha256(file, _file_stamp(file.stat())) == noted.read_text(encoding="utf-8").strip():
+        return True
+    _note_once(f"{file}: it has changed since it was downloaded, and is fetched again")
+    return False
+
+
+def _text_half(name: str, revision: str | None) -> Path | None:
+    """A folder with the text tower of a hub model that holds two towers, fetched if need be.
+
+    None for what is no hub model, is here as a whole, holds no other tower or cannot be had in parts."""
+    pinned = _source(name, revision)[1]
+    weights = "model.safetensors"
+    here = dict(revision=revision, cache_dir=constants.HF_HUB_CACHE)
+    if not pinned or try_to_load_from_cache(name, weights, **here):
+        return None
+    folder = cache_dir() / "towers" / f"{name.replace('/', '--')}@{revision}"
+    if (folder / "config.json").is_file() and _has_its_checksum(folder / weights):
+        return folder
+    if constants.HF_HUB_OFFLINE or _hub_problem(name, revision, weights):
+        return None  # reading the whole file will say why
+    url = hf_hub_url(name, weights, revision=revision, endpoint=constants.ENDPOINT)
+    shape = _tower_file(name, revision, "config.json")
+    try:
+        if shape is None or not _fetch_text_half(name, url, folder / weights):
+            return None
+        write_text(folder / "config.json", shape.read_text(encoding="utf-8"))
+    except _Unavailable as e:
+        _note_once(f"{name}: its text half cannot be had alone ({e}), so the whole file is fetched")
+        return None
+    except OSError as e:
+        raise LabError(
+            f"{folder}: the text tower cannot be written ({e.strerror or e}); "
+            "make room, or choose another cache with --cache DIR"
+        ) from None
+    return folder
+
 # %% ../../nbs/lib/models/02_text.ipynb #68dabe08
 def _text_projection(tower: Any) -> nn.Module | None:
     "The last layers of a text tower, from its own width to the shared one; None where it has none."
@@ -231,7 +394,9 @@ def _network(
         build = cls if hasattr(cls, "forward") else cls.from_config
         return build(shape).float()
     options: dict[str, Any] = dict(dtype=torch.float32, weights_only=True, output_loading_info=True) | more
-    network, info = _load_pretrained(cls, name, revision, **options)
+    half = _text_half(name, revision) if cls is not AutoModel else None  # a sentence encoder has no other
+    source = (str(half), None) if half else (name, revision)
+    network, info = _load_pretrained(cls, *source, **options)
     missing = sorted(
         key for key in info["missing_keys"] if not key.startswith("pooler.")
     )  # BERT's own, not read
