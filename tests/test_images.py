@@ -898,6 +898,7 @@ def test_the_size_to_pack_at():
             _packed_size(config.replace(augment="flip+crop"), True) == larger
             and _packed_size(config.replace(augment="crop"), False) == whole
         )
+    assert "add crop to augment" in refusal(_packed_size, config.replace(train_crop_size=32), True)
 
 
 def test_the_viewer_is_a_figure(pixels):

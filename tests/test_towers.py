@@ -19,7 +19,14 @@ from clip475.data.photos import photo_split
 from clip475.data.pixels import normalize
 from clip475.data.tokens import load_tokenizer
 from clip475.models.backbones import _blocks, _stages, build_backbone
-from clip475.models.joint import build_model, load_model, parameter_groups, parameter_table, save_model
+from clip475.models.joint import (
+    ImageEncoder,
+    build_model,
+    load_model,
+    parameter_groups,
+    parameter_table,
+    save_model,
+)
 from clip475.models.policies import POLICIES, apply_policy
 from clip475.models.tables import component_table, plot_towers
 from clip475.models.text import caption_embeddings, encode_texts, load_text_encoder
@@ -289,6 +296,23 @@ def test_features_have_views_and_resume_to_the_same_bits(tmp_path, photos, monke
     assert [row["loss"] for row in resumed.log] == [row["loss"] for row in whole.log]
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+def test_training_sees_crops_of_its_own_size(tmp_path, photos, monkeypatch):
+    seen, forward = set(), ImageEncoder.forward
+    monkeypatch.setattr(
+        ImageEncoder, "forward", lambda self, x: seen.add((self.training, x.shape[-1])) or forward(self, x)
+    )
+    config = _head_only(policy="spec", epochs=1, augment="crop", train_crop_size=32)
+    fit(config, photos, photos, tmp_path / "run", progress=False)
+    assert seen == {(True, 32), (False, config.image_size)}
+
+
+@needs_photos
+def test_a_network_of_one_size_trains_on_no_other_crops():
+    config = _head_only(backbone="timm/vit_tiny_patch16_224", augment="crop", train_crop_size=160)
+    with pytest.raises(LabError, match="reads pictures of one size"):
+        build_model(config)
 
 
 def test_features_of_a_backbone_that_trains_are_refused(tmp_path, photos):

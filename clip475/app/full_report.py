@@ -95,8 +95,8 @@ _REASONS = {
     "checkpoint_minutes": "how much work is lost if the run is interrupted",
     "checkpoint_steps": "the clock is enough",
 } | dict.fromkeys(
-    ("augment", "label_smoothing", "backbone_rate", "layer_decay", "clip_grad_norm", "ema_decay", "mixup",
-     "head_dropout"),
+    ("augment", "train_crop_size", "label_smoothing", "backbone_rate", "layer_decay", "clip_grad_norm",
+     "ema_decay", "mixup", "head_dropout"),
     _STEP_5,
 )  # fmt: skip
 

@@ -254,6 +254,11 @@ class LabConfig:
         _any_of("none", "crop", "flip", "jitter"),
         "“none”, or crop, flip and jitter joined by +; for training only",
     )
+    train_crop_size: int | None = _field(
+        None,
+        _optional(_integer(32)),
+        "with crop in augment: side of the crops that train, in pixels; None: image_size",
+    )
     loss: str = _field("infonce", _choice("infonce", "multi-positive", "siglip"), "which contrastive loss")
     label_smoothing: float = _field(
         0.0, _number(0, 0.999), "share of each target that is spread over the batch"

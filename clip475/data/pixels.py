@@ -353,7 +353,13 @@ def augment(pixels: torch.Tensor, kinds: str, size: int, generator: torch.Genera
 # %% ../../nbs/lib/data/07_pixels.ipynb #f7411e06
 def _packed_size(config: LabConfig, train: bool) -> int:
     "The side in pixels to pack at: `config.image_size`, and 15/14 of it for training with crops."
-    return config.image_size * 15 // 14 if train and "crop" in _kinds(config.augment) else config.image_size
+    crops = "crop" in _kinds(config.augment)
+    if config.train_crop_size and not crops:
+        raise LabError(
+            f"train_crop_size is {config.train_crop_size}, but augment is {config.augment!r} and nothing is "
+            "cropped; add crop to augment, or leave train_crop_size out"
+        )
+    return config.image_size * 15 // 14 if train and crops else config.image_size
 
 
 def _augmentation_grid(

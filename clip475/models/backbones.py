@@ -45,10 +45,16 @@ def _torchvision_backbone(name: str) -> tuple[nn.Module, int]:
     return net, width
 
 
+def _has_fixed_size(name: str) -> bool:
+    "Whether pictures of one size only fit the network: a vision transformer of timm, say."
+    about = name.startswith(_TIMM) and _timm().get_pretrained_cfg(_timm_name(name), allow_unregistered=True)
+    return bool(about and about.fixed_input_size)
+
+
 def _timm_options(name: str, image_size: int | None) -> dict[str, Any]:
     "What `timm.create_model` has to be told besides the name: the size, for a network of one fixed size."
     about = _timm().get_pretrained_cfg(_timm_name(name), allow_unregistered=True)
-    other = about and about.fixed_input_size and image_size not in (None, about.input_size[-1])
+    other = _has_fixed_size(name) and image_size not in (None, about.input_size[-1])
     return {"img_size": image_size} if other else {}
 
 

@@ -23,7 +23,14 @@ from torch import nn
 from ..core.config import LabConfig
 from ..core.files import LabError, save_tensors
 from ..data.tokens import _one_line
-from .backbones import _differing_entries, _load_state, _stages, _stages_above, build_backbone
+from clip475.models.backbones import (
+    _differing_entries,
+    _has_fixed_size,
+    _load_state,
+    _stages,
+    _stages_above,
+    build_backbone,
+)
 from .text import TextEncoder, _weights_fingerprint, load_text_encoder
 
 # %% ../../nbs/lib/models/04_joint.ipynb #0da1412a
@@ -124,6 +131,11 @@ class DualEncoder(nn.Module):
 
 # %% ../../nbs/lib/models/04_joint.ipynb #d68904d6
 def _image_encoder(config: LabConfig, weights: str | None) -> ImageEncoder:
+    if config.train_crop_size and _has_fixed_size(config.backbone):
+        raise LabError(
+            f"train_crop_size is {config.train_crop_size}, but {config.backbone} reads pictures of one size; "
+            "leave train_crop_size out"
+        )
     backbone, width = build_backbone(config.backbone, weights, config.image_size)
     shape = (width, config.head_hidden, config.embedding_dim)
     head = projection_head(*shape, config.head_norm, config.head_dropout, config.head_layers)

@@ -249,7 +249,7 @@ def epoch_batches(
             pixels = to_device(train.features[views, own_rows])
         else:
             pixels = to_device(torch.from_numpy(train.pixels[own_rows.numpy()]))
-            pixels = augment(pixels, config.augment, config.image_size, generator)
+            pixels = augment(pixels, config.augment, config.train_crop_size or config.image_size, generator)
         texts = train.text_embeddings[captions[rows].flatten()]
         text_rows = rows.repeat_interleave(captions.shape[1])
         return pixels, to_device(texts), to_device(rows), to_device(text_rows)

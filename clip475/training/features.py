@@ -48,7 +48,9 @@ def _views(split: PreparedSplit, config: LabConfig, train: bool) -> Iterator[tup
             elif train:
                 seed = int(fingerprint("view", config.seed, view, start), 16) % 2**63
                 generator = torch.Generator().manual_seed(seed)
-                pixels = augment(pixels, config.augment, config.image_size, generator)
+                pixels = augment(
+                    pixels, config.augment, config.train_crop_size or config.image_size, generator
+                )
             yield view, rows, pixels
 
 # %% ../../nbs/lib/training/06_features.ipynb #dab51b53
@@ -59,7 +61,7 @@ def _features_file(split: PreparedSplit, model: DualEncoder, config: LabConfig, 
         _weights_fingerprint(model.image_encoder.backbone),
         [*config.image_mean, *config.image_std, config.image_size],
         str(autocast_dtype(config, model.logit_scale.device)),
-        [views, config.seed] if views not in ("none", "flip") else views,
+        [views, config.seed, config.train_crop_size] if views not in ("none", "flip") else views,
     )
     return cache_dir() / "features" / f"{key}.safetensors"
 
