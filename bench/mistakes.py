@@ -433,7 +433,7 @@ def main():
     )
     parser.add_argument("folder")
     parser.add_argument("--run", default="runs/mistakes", help="trainings are kept here")
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

@@ -76,7 +76,6 @@ ELSEWHERE: dict[tuple[str, str], str] = {
     ("06_download.ipynb", "nineteen stay"): ARITHMETIC,
     ("02_held_out.ipynb", "ln 16 = 2.77"): ARITHMETIC,
     ("12_mistakes.ipynb", "4.16 is ln 64"): ARITHMETIC,
-    ("12_mistakes.ipynb", "Recall@10 is about 90 %"): STORY,
     ("13_full_run.ipynb", "one image costs 24.5 billion"): ARITHMETIC,
     ("13_full_run.ipynb", "63,428,096 parameters"): STORY,
     ("04_teaching_panels.ipynb", "44 %, and not the specification's 31 %"): ARITHMETIC,
