@@ -11,9 +11,10 @@ import torch
 
 from clip475.app.report import _in_two_splits
 from clip475.core.config import LabConfig
-from clip475.core.files import LabError, error_message
+from clip475.core.files import LabError, error_message, write_json
 from clip475.data.captions import load_split
 from clip475.data.scenes import write_scenes
+from clip475.data.splits import _SPLIT_FILE, _split_record
 from clip475.training.batches import epoch_batches, prepare_data
 from clip475.training.distributed import ProcessGroup
 from clip475.training.runs import fit
@@ -179,7 +180,8 @@ def test_a_shard_that_changes_or_goes_is_refused(shards):
     error_message("cannot be read", train.pixels.__getitem__, 0)
 
 
-def test_what_no_stream_can_read_is_refused(shards, scenes, tmp_path):
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_what_no_stream_can_read_is_refused(shards, scenes, tmp_path, kind):
     refusal("another layout", scenes.root)
     (shards / "00004.tar").write_bytes(b"")
     refusal("00004.tar", shards)
@@ -189,4 +191,36 @@ def test_what_no_stream_can_read_is_refused(shards, scenes, tmp_path):
             info.size = 3
             tar.addfile(info, io.BytesIO(b"abc"))
     refusal("compressed", shards)
+    with tarfile.open(shards / "00004.tar", "w") as tar:
+        for name, data in members_of(scenes, [39]):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+            if name.endswith(".txt"):
+                link = tarfile.TarInfo("again.jpg")
+                link.type, link.linkname = kind, "0039.jpg"
+                tar.addfile(link)
+                info.name = "again.txt"
+                tar.addfile(info, io.BytesIO(data))
+    refusal("is a link in it", shards)
     assert not list((tmp_path / "cache" / "streamed").iterdir())
+
+
+def test_a_streamed_run_is_evaluated_on_pictures_in_a_folder(shards, scenes, tmp_path):
+    config, run = config_of(shards), tmp_path / "run"
+    splits = [part.split for part in streamed(shards)]
+    write_json(run / _SPLIT_FILE, _split_record(splits, config))
+    unpacked = tmp_path / "unpacked"
+    for row in range(40):
+        folder = unpacked / f"{row // 10:05}"
+        folder.mkdir(parents=True, exist_ok=True)
+        captions = scenes.captions_of(row) if row % 2 else scenes.captions_of(row)[:1]
+        (folder / f"{row:04}.jpg").write_bytes(scenes.image_paths[row].read_bytes())
+        (folder / f"{row:04}.txt").write_text("\n".join(captions), encoding="utf-8")
+    there = config.replace(data=str(unpacked))
+    (val,) = prepare_data(there, names=("val",), run=run, progress=False)
+    (same,) = prepare_data(config, names=("val",), run=run, progress=False)
+    assert [p.name for p in val.split.image_paths] == [p.name for p in same.split.image_paths]
+    assert np.array_equal(val.pixels, same.pixels)
+    elsewhere = there.replace(data=str(scenes.root))
+    error_message("none of the 30 images of the train split is on disk", prepare_data, elsewhere, run=run)

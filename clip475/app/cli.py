@@ -58,7 +58,8 @@ _CONFIGURATION = (
     _option(
         "--preset",
         choices=list(PRESETS),
-        help="a named set of choices: tiny (a CPU, minutes) or coco (the specification)",
+        help="a named set of choices: tiny (scenes; a CPU, minutes), coco (the specification) or photos "
+        "(photographs of your own; pretrained towers, a head that trains in minutes)",
     ),
     _option("--config", metavar="FILE", help="a JSON file of choices, such as a run's config.json"),
     _option(

@@ -107,7 +107,8 @@ def _pack_splits(
 ) -> tuple[list[CaptionSplit], list[np.ndarray], _Replaced]:
     "Splits, their packed pixels, and the images that others replaced."
     replaced: _Replaced = {}
-    streams = config.stream and ("train" in names or _detect_layout(root) == "webdataset")
+    begins = "train" in names and run is None  # a run that is there may be evaluated on other pictures
+    streams = config.stream and (begins or _detect_layout(root) == "webdataset")
     to_rebuild = set(names) if rebuild else set()
 
     def pack(split: CaptionSplit) -> Any:
