@@ -18,7 +18,8 @@ from clip475.core.config import LabConfig
 from clip475.core.devices import autocast_dtype
 from clip475.core.figures import save_figure, show_images
 from clip475.core.files import LabError, _note_once
-from clip475.data.layouts import _LAYOUTS, _detect_layout, _Options, read_splits
+from clip475.data.layouts import _LAYOUTS, _detect_layout, read_splits
+from clip475.data.lists import _Options
 from clip475.data.photos import load_photos
 from clip475.data.tokens import _builtin_text_folder, load_tokenizer
 from clip475.models.text import encode_texts, load_text_encoder
