@@ -2,20 +2,22 @@
 
 Most studies here have made-up trainings, which take no time; a few train for some steps."""
 
+import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from clip475 import LabConfig, LabError, info_nce
+from clip475 import LabConfig, LabError
 from clip475.app.cli import main
-from clip475.evaluation.retrieval import ranks
 from clip475.studies import ablation
 from clip475.studies.ablation import Change, run_ablation
 from clip475.training.batches import _epoch_captions, prepare_data
 from clip475.training.steps import learning_rate_at
 
+ROOT = Path(__file__).parents[1]
 IMAGES = 200
 SAME = Change("nothing", model=lambda encoder: None)
 OTHER = Change("nothing either", model=lambda encoder: None)
@@ -103,38 +105,34 @@ def test_the_interval_pairs_the_queries(tmp_path):
     assert (effect["high"] - effect["low"]) / 2 < 0.6 * found["spread"]["none"]
 
 
-def plain_training(arm, config):
-    "A linear map from made-up pictures to made-up captions; arm A gets half of the 20 steps."
-    data = torch.Generator().manual_seed(475)
-    pictures = torch.randn(600, 32, generator=data)
-    captions = pictures @ torch.randn(32, 16, generator=data) + 4 * torch.randn(600, 16, generator=data)
-    texts = torch.nn.functional.normalize(captions, dim=1)
-    own = torch.Generator().manual_seed(config.seed)
-    weight = torch.randn(32, 16, generator=own).requires_grad_()
-    optimizer = torch.optim.SGD([weight], lr=1.0)
+def only_in(turn: int):
+    "A change of the model: it learns in every second step only, in the even ones (0) or the odd ones (1)."
 
-    def embed(rows):
-        return torch.nn.functional.normalize(pictures[rows] @ weight, dim=1)
+    def halve(encoder):
+        for parameter in encoder.parameters():
+            steps = itertools.count()
 
-    for _ in range(10 if arm.name == "A" else 20):
-        rows = torch.randint(400, (64,), generator=own)
-        optimizer.zero_grad()
-        info_nce(embed(rows), texts[rows], 2.0, rows).backward()
-        optimizer.step()
-    test = torch.arange(400, 600)
-    images, labels = embed(test).detach(), torch.arange(200)
-    found = {
-        "t2i": ranks(texts[test], images, labels, labels),
-        "i2t": ranks(images, texts[test], labels, labels),
-    }
-    as_text = {way: " ".join(map(str, each.tolist())) for way, each in found.items()}
-    return {"facts": {"steps": 20}, "ranks": as_text | {"captions": "1 " * 200}, "loss": 1.0, "seconds": 0.0}
+            def forget(parameter, steps=steps):
+                if next(steps) % 2 != turn:
+                    parameter.grad = None
+
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(forget)
+
+    return halve
 
 
-def test_half_the_steps_are_found(tmp_path):
-    options = {"seeds": 5, "progress": False, "train": plain_training}
-    found = run_ablation(TINY, {"A": SAME}, tmp_path / "run", measure="t2i_R@10", **options)
-    assert found["effects"]["A"]["verdict"] == "harms"
+def test_half_the_steps_and_an_interaction_put_in_by_hand_are_found_in_real_trainings(tmp_path, cache):
+    "A and B each leave half of the steps, together they leave none: both harm, and more so together."
+    config = TINY.replace(
+        train_images=128, val_images=160, batch_size=32, head_hidden=64, epochs=10, learning_rate=3e-3,
+        policy="head-only", cache_features=True,
+    )  # fmt: skip
+    changes = {"A": Change("even steps", model=only_in(0)), "B": Change("odd steps", model=only_in(1))}
+    found = run_ablation(config, changes, tmp_path / "run", 4, measure="t2i_R@10", progress=False)
+    assert {name: found["differences"][name]["verdict"] for name in "AB"} == {"A": "harms", "B": "harms"}
+    assert found["effects"]["interaction"]["verdict"] == "harms"
+    assert next(fact for fact in found["equal"] if fact["what"] == "steps")["value"] == 40
 
 
 def test_another_number_of_steps_or_another_order_is_refused(tmp_path):
@@ -278,3 +276,11 @@ def test_the_new_fields_do_what_they_say(tmp_path, cache):
     first = [_epoch_captions(split, TINY.replace(caption_choice="first"), epoch) for epoch in (0, 1)]
     assert torch.equal(*first) and (split.caption_image[first[0][:, 0]] == np.arange(64)).all()
     assert (first[0][:, 0] % 5 == 0).all()
+
+
+def test_lesson_10_has_a_paragraph_for_each_ready_change():
+    lesson = json.loads((ROOT / "nbs/course/solutions/10_ablation.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(c["source"]) for c in lesson["cells"] if c["cell_type"] == "markdown"]
+    start = next(i for i, text in enumerate(cells) if "ready by name" in text)
+    paragraphs = "\n".join(cells[start + 1 : start + 9])
+    assert {name for name in ablation._READY if f"`{name}" not in paragraphs} == set()
