@@ -10,9 +10,18 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from processes import check_code, finished
 from safetensors.torch import load_file
+from test_stream import members_of, write_shard
 from torch.distributed import TCPStore
+
+from clip475.core.config import LabConfig
+from clip475.data.captions import load_split
+from clip475.data.images import batches, epoch_order
+from clip475.data.scenes import write_scenes
+from clip475.training.batches import prepare_data
+from clip475.training.runs import fit
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -69,11 +78,13 @@ def run(place, *command, code=0):
 # the lab's own model, frozen statistics: a batch over N processes against the same batch in one,
 # plain and with gradient caching
 EQUAL = """
-import json, sys, torch
+import json, torch
 from pathlib import Path
 from clip475.core.config import LabConfig
+from clip475.data import shards
 from clip475.training.distributed import ProcessGroup, _main_process_first, join_processes
 from clip475.training.batches import epoch_batches, prepare_data
+from clip475.training.runs import fit
 from clip475.training.steps import start_training, train_step, _set_training_mode
 
 torch.set_num_threads(1)
@@ -98,8 +109,31 @@ def first_step(config, process_group):
     return numbers.tolist(), {n: p.grad for n, p in state.model.named_parameters() if p.grad is not None}
 
 
+read, seen = shards._read_from_shard, []
+
+
+def noted(split, row, place):
+    seen.append([split.name, row])
+    return read(split, row, place)
+
+
+shards._read_from_shard = noted
+
+
+def train_whole_run(process_group, name):
+    "From shards or from packed pictures; each process writes down what it reads out of shards meanwhile."
+    config = LabConfig.load("shards.json").replace(stream=name == "streamed")
+    with _main_process_first(process_group):
+        splits = prepare_data(config, progress=False)
+    seen.clear()
+    fit(config, *splits, name, progress=False, process_group=process_group)
+    Path(f"{name}-{process_group.rank}.json").write_text(json.dumps(seen))
+
+
 found = {}
 with join_processes() as process_group:
+    for name in ("streamed", "packed"):
+        train_whole_run(process_group, name)
     with _main_process_first(process_group):
         train, val = prepare_data(base, progress=False)
     for name, fields in {
@@ -124,13 +158,33 @@ with join_processes() as process_group:
                 "scalars": sorted(n for n in grads if n.startswith("logit")),
             }
 if process_group.is_main:
-    Path(sys.argv[1]).write_text(json.dumps(found))
+    Path("found.json").write_text(json.dumps(found))
 """
 
 
-def test_loss_and_gradients_are_those_of_one_process(place):
+@pytest.fixture(scope="module")
+def shards(place):
+    "The settings of a run from four tar shards, beside the shards."
+    write_scenes(place / "scenes", train=40, val=2, seed=42, size=64, progress=False)
+    split, folder = load_split(place / "scenes", "train"), place / "shards"
+    folder.mkdir()
+    for start in range(0, 40, 10):
+        write_shard(folder / f"{start:05}.tar", members_of(split, range(start, start + 10)))
+    sizes = dict(train_images=30, val_images=8, image_size=32, batch_size=8, epochs=2)
+    fixed = dict(precision="fp32", freeze_batchnorm=True, learning_rate=0.0003)
+    config = LabConfig.from_preset("tiny", data=str(folder), **sizes, **fixed)
+    config.save(place / "shards.json")
+    return config
+
+
+@pytest.fixture(scope="module")
+def four(place, shards):
+    "What four processes leave in `place`, started once for the tests below."
     (place / "equal.py").write_text(EQUAL)
-    run(place, *torchrun(place, 4, "equal.py", "found.json"))
+    run(place, *torchrun(place, 4, "equal.py"))
+
+
+def test_loss_and_gradients_are_those_of_one_process(place, four):
     found = json.loads((place / "found.json").read_text())
     assert set(found) == {"plain", "micro_batch", "siglip", "captions", "clipped"}
     for name, f in found.items():
@@ -146,6 +200,24 @@ def test_loss_and_gradients_are_those_of_one_process(place):
 
 def losses(place, name):
     return pd.read_csv(place / name / "steps.csv").loss.to_numpy()
+
+
+def test_streaming_changes_no_bit_and_each_process_reads_its_share(
+    place, four, shards, one_thread, monkeypatch
+):
+    one, other = (load_file(place / name / "model.safetensors") for name in ("streamed", "packed"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    orders = [batches(epoch_order(30, shards.seed, epoch), 8) for epoch in (0, 1)]
+    for rank in range(4):
+        own = torch.cat([rows[2 * rank : 2 * rank + 2] for order in orders for rows in order])
+        read = json.loads((place / f"streamed-{rank}.json").read_text())
+        assert read == [["train", row] for row in own.tolist()] and len(read) == 12
+        assert json.loads((place / f"packed-{rank}.json").read_text()) == []
+    monkeypatch.setenv("CLIP475_CACHE", str(place / "cache"))
+    fit(shards, *prepare_data(shards, progress=False), place / "by_one", progress=False)
+    streamed, by_one = losses(place, "streamed"), losses(place, "by_one")
+    assert (streamed == losses(place, "packed")).all() and len(streamed) == 6
+    assert abs(streamed - by_one).max() < 1e-2  # rounding, as without streaming
 
 
 @pytest.fixture(scope="module")

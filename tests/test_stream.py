@@ -6,18 +6,13 @@ import shutil
 import tarfile
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
-from test_distributed import run as run_there
-from test_distributed import torchrun
 
 from clip475.app.report import _in_two_splits
 from clip475.core.config import LabConfig
 from clip475.core.files import LabError, error_message, write_json
 from clip475.data.captions import load_split
-from clip475.data.images import batches, epoch_order
 from clip475.data.scenes import write_scenes
 from clip475.data.splits import _SPLIT_FILE, _split_record
 from clip475.training.batches import epoch_batches, prepare_data
@@ -108,58 +103,6 @@ def test_each_pair_once_per_epoch_over_all_processes(shards, world_size):
         assert len(rows) == len(rows.unique()) == 24  # three batches of 8; a shorter fourth is left out
         joined = torch.cat([torch.cat(parts) for parts in zip(*shares, strict=True)])
         assert np.array_equal(joined, plain.pixels[rows.numpy()])
-
-
-# two processes, streamed and then packed; each writes down which pictures it reads out of shards
-TWO = """
-import json, sys
-from pathlib import Path
-from clip475.core.config import LabConfig
-from clip475.data import shards
-from clip475.training.batches import prepare_data
-from clip475.training.distributed import _main_process_first, join_processes
-from clip475.training.runs import fit
-
-read = shards._read_from_shard
-seen = []
-
-
-def noted(split, row, place):
-    seen.append([split.name, row])
-    return read(split, row, place)
-
-
-shards._read_from_shard = noted
-config = LabConfig.load("config.json")
-with join_processes() as process_group:
-    for name in ("streamed", "packed"):
-        config = config.replace(stream=name == "streamed")
-        with _main_process_first(process_group):
-            train, val = prepare_data(config, progress=False)
-        before = len(seen)
-        fit(config, train, val, name, progress=False, process_group=process_group)
-        Path(f"{name}-{process_group.rank}.json").write_text(json.dumps(seen[before:]))
-"""
-
-
-def test_two_processes_train_as_without_streaming_and_each_reads_its_share(shards, tmp_path):
-    config = config_of(shards, freeze_batchnorm=True, precision="fp32", learning_rate=0.0003)
-    config.save(tmp_path / "config.json")
-    (tmp_path / "two.py").write_text(TWO)
-    run_there(tmp_path, *torchrun(tmp_path, 2, "two.py"))
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("streamed", "packed"))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    for rank in range(2):
-        orders = [batches(epoch_order(30, config.seed, epoch), 8) for epoch in (0, 1)]
-        own = [rows[4 * rank : 4 * rank + 4] for order in orders for rows in order]
-        read = json.loads((tmp_path / f"streamed-{rank}.json").read_text())
-        assert read == [["train", row] for row in torch.cat(own).tolist()] and len(read) == 24
-        assert json.loads((tmp_path / f"packed-{rank}.json").read_text()) == []
-    plain = config.replace(stream=False)
-    fit(plain, *prepare_data(plain, progress=False), tmp_path / "alone", progress=False)
-    losses = [pd.read_csv(tmp_path / name / "steps.csv").loss for name in ("streamed", "packed", "alone")]
-    assert losses[0].equals(losses[1]) and len(losses[0]) == 6
-    assert (losses[0] - losses[2]).abs().max() < 1e-2  # rounding, as without streaming
 
 
 class Stop(Exception):
