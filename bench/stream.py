@@ -8,7 +8,7 @@ epoch 2 streamed and packed, and that again with new weights in each round. `cpu
 of the process, which other work on the machine changes little; `wall` is by the clock, which it does change.
 `reading` is the same batches without a model. The shards have just been written, so the system may hold them
 in memory: a slow disk or a network drive adds its own time to streaming. Photographs of this size are larger
-files than drawn scenes, and take longer to decode.
+files than drawn scenes, and take longer to decode. The 64 validation pictures are packed in both ways.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def measure_shape(root, caches, shape, rounds):
         for epoch in range(base.epochs):
             pairs = zip(*(found[way]["epochs"][epoch][kind] for way in WAYS), strict=True)
             ratios[f"epoch {epoch + 1}, {kind}"] = round(median(one / other for one, other in pairs), 2)
-    return {"images": images, "batch_size": batch_size, "streamed / packed": ratios, **found}
+    return {"images": images, "batch_size": batch_size, "streamed to packed": ratios, **found}
 
 
 def main():
@@ -137,7 +137,7 @@ def main():
         os.environ["CLIP475_CACHE"] = str(Path(place) / "first")
         write_shards(root, max(images for *_, images in SHAPES.values()) + VAL)
         found = {
-            "command": f"python bench/stream.py --rounds {args.rounds} --json",
+            "command": " ".join(["python bench/stream.py", *sys.argv[1:]]),
             "machine": f"one core of {_cpu_name()}, beside other work",
             "pictures": f"drawn scenes, JPEG, {SIDE} px",
             "shards (MB)": megabytes(root),
@@ -147,7 +147,7 @@ def main():
     if args.json:
         return print(json.dumps(found, indent=1))
     for name in SHAPES:
-        print(name, found[name]["streamed / packed"])
+        print(name, found[name]["streamed to packed"])
 
 
 if __name__ == "__main__":
