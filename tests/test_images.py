@@ -873,8 +873,8 @@ def test_jitter_is_small_and_keeps_grey_grey(pixels):
 
 
 def test_what_does_not_fit_is_refused(pixels):
-    assert "packed_size" in refusal(augment, pixels, "none", 32, generator())
-    assert "packed_size" in refusal(augment, pixels, "flip+jitter", 32, generator())
+    assert "resize them" in refusal(augment, pixels, "none", 32, generator())
+    assert "resize them" in refusal(augment, pixels, "flip+jitter", 32, generator())
     assert "augment 'blur' is not known" in refusal(augment, pixels, "crop+blur", 48, generator())
 
 

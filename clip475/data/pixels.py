@@ -334,7 +334,7 @@ def augment(pixels: torch.Tensor, kinds: str, size: int, generator: torch.Genera
     if "crop" not in chosen and pixels.shape[1:3] != (size, size):
         raise LabError(
             f"augment got pictures of {pixels.shape[2]}×{pixels.shape[1]} px for {size}×{size}; "
-            "pack them at packed_size, or add crop to augment"
+            "resize them before, or add crop to augment"
         )
     if not chosen:
         return pixels
