@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/lib/app/01_run_figures.ipynb #a00c6080
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from clip475.core.figures import (
     save_figure,
     show_images,
 )
-from ..core.files import fingerprint, read_json
+from ..core.files import _sha256, fingerprint, read_json
 from ..data.pixels import load_image
 from ..data.splits import _SPLIT_FILE
 from ..evaluation.mistakes import _RULES
@@ -206,10 +205,7 @@ def _recall_figure(results: Mapping[str, Any]) -> plt.Figure:
 def _run_id(run: str | Path) -> str:
     "16 hex digits that stand for the weights of a run and for the data that it was trained and measured on."
     weights, split = Path(run) / "model.safetensors", Path(run) / _SPLIT_FILE
-    checksum = None
-    if weights.is_file():
-        with open(weights, "rb") as file:
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    checksum = _sha256(weights) if weights.is_file() else None
     return fingerprint(checksum, read_json(split)["fingerprint"] if split.is_file() else None)
 
 

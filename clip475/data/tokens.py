@@ -35,7 +35,7 @@ from transformers.utils import cached_file
 
 from ..core.config import LabConfig
 from ..core.figures import PALETTE, _wrap
-from ..core.files import LabError, _check_choice, _file_stamp, _note_once, write_text
+from ..core.files import LabError, _check_choice, _file_stamp, _note_once, _sha256, write_text
 from ..core.weights import _declared_lengths, _is_package, _json_object, _package_place
 
 if TYPE_CHECKING:
@@ -203,8 +203,7 @@ def _from_here_or_hub(load: Callable[..., _T], hub_problem: Callable[[], str] | 
 def _is_whole(blob: Path, stamp: tuple[int, ...]) -> bool:
     "Whether a file of the hub's cache has the checksum that it is named by: SHA-256, or git's own."
     if len(blob.name) == 64:
-        with blob.open("rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest() == blob.name
+        return _sha256(blob) == blob.name
     content = blob.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == blob.name
 

@@ -6,7 +6,6 @@
 __all__ = ['build_backbone']
 
 # %% ../../nbs/lib/models/03_backbones.ipynb #a72bd13c
-import hashlib
 import os
 import re
 from functools import partial
@@ -23,7 +22,7 @@ from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock
 from tqdm.auto import tqdm
 
-from ..core.files import LabError, _check_choice, _note_once
+from ..core.files import LabError, _check_choice, _note_once, _sha256
 from ..core.weights import _TIMM, _is_package, _package_place, _timm, _timm_name
 from ..data.download import _get_rest, _open_pool, _Patience, _with_retries
 from ..data.tokens import _from_here_or_hub, _hub_problem, _one_line, _quiet, _remove_damaged
@@ -98,8 +97,7 @@ _PATIENCE = _Patience(tries=3)  # seconds, not minutes
 def _has_its_hash(path: Path, file: Path) -> bool:
     "Whether the SHA-256 of `file` begins with the digits at the end of the name of `path`, if it has some."
     digits = re.search(r"-([0-9a-f]{8,})$", path.stem)
-    with file.open("rb") as f:
-        return digits is None or hashlib.file_digest(f, "sha256").hexdigest().startswith(digits[1])
+    return digits is None or _sha256(file).startswith(digits[1])
 
 
 def _fetch_weights(url: str, path: Path) -> None:

@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from threading import Event
@@ -43,8 +42,8 @@ from ..core.devices import autocast_dtype
 from clip475.core.files import (
     LabError,
     _atomic_path,
-    _file_stamp,
     _note_once,
+    _sha256,
     cache_dir,
     fingerprint,
     read_json,
@@ -322,18 +321,12 @@ def _fetch_text_half(name: str, url: str, file: Path) -> bool:
     return True
 
 # %% ../../nbs/lib/models/02_text.ipynb #7d0c5a13
-@lru_cache
-def _sha256(file: Path, stamp: tuple[int, ...]) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def _has_its_checksum(file: Path) -> bool:
     "Whether `file` is there and is what its neighbour .sha256 says."
     noted = file.with_suffix(".sha256")
     if not (file.is_file() and noted.is_file()):
         return False
-    if _sha256(file, _file_stamp(file.stat())) == noted.read_text(encoding="utf-8").strip():
+    if _sha256(file) == noted.read_text(encoding="utf-8").strip():
         return True
     _note_once(f"{file}: it has changed since it was downloaded, and is fetched again")
     return False

@@ -6,7 +6,6 @@
 __all__ = ['Encoder', 'SearchIndex']
 
 # %% ../../nbs/lib/searching/01_index.ipynb #ce5948f8
-import hashlib
 import importlib.util
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,15 @@ from PIL import Image
 
 from ..core.config import LabConfig
 from ..core.figures import _GalleryRow
-from ..core.files import LabError, _atomic_path, _check_choice, fingerprint, read_json, write_json
+from clip475.core.files import (
+    LabError,
+    _atomic_path,
+    _check_choice,
+    _sha256,
+    fingerprint,
+    read_json,
+    write_json,
+)
 from ..data.captions import _has_half_character
 from ..data.pixels import _open_picture, _upright_rgb, load_image, resize_square
 from ..data.tokens import _token_lengths
@@ -112,8 +119,7 @@ def _check_free(folder: Path, overwrite: bool) -> None:
 
 def _checksum_of(file: Path) -> str:
     "A checksum of every byte of a file."
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+    return _sha256(file)[:16]
 
 
 def _write_folder(folder: Path, arrays: dict[str, torch.Tensor], table: pd.DataFrame, manifest: dict) -> None:
