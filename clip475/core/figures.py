@@ -176,10 +176,11 @@ def _choose_fonts(fig: Any) -> None:
     needed = {character for text in texts for character in text.get_text() if not character.isspace()}
     missing = {ord(c) for c in needed if unicodedata.category(c) not in ("Cf", "Mn")}
     missing -= _characters(font_manager.findfont(font_manager.FontProperties()))
-    installed = {font.name: font.fname for font in font_manager.fontManager.ttflist}
+    installed = {font.name for font in font_manager.fontManager.ttflist}
     chosen = []
-    for name in _MORE_FONTS if missing else ():
-        if name in installed and missing & (found := _characters(installed[name])):
+    for name in filter(installed.__contains__, _MORE_FONTS if missing else ()):
+        upright = font_manager.findfont(name)  # a family has several files, in any order
+        if missing & (found := _characters(upright)):
             chosen.append(name)
             missing -= found
     for text in texts if chosen else ():
