@@ -41,13 +41,13 @@ def right_images(scenes):
     return np.stack([((table["colour"] == c) & (table["kind"] == k)).any(1) for c, k in PAIRS])
 
 
-def precision_at(images, texts, right, k=5):
-    "The share of right images among the best `k` of each query, (128,)."
-    best = (texts @ images.T).topk(k, dim=1).indices.numpy()  # (128, k)
+def best_five(scores, right):
+    "The share of right images among the best five of each query, (128,); `scores` and `right` (128, N)."
+    best = scores.topk(5, dim=1).indices.numpy()
     return np.take_along_axis(right, best, 1).mean(1)
 
 
-def measure(run, k=5):
+def measure(run):
     model, config = load_model(run)
     (val,) = prepare_data(config, progress=False, names=("val",), run=run)
     truth = load_truth(val.split.root, "val")
@@ -57,7 +57,7 @@ def measure(run, k=5):
 
     def precision_of(write):
         texts = encode_texts([write(*pair) for pair in PAIRS], model.text_encoder, tokenizer)
-        return precision_at(images, texts, right, k)
+        return best_five(texts @ images.T, right)
 
     precision = precision_of(query)
     mean, low, high = mean_interval(precision)
@@ -67,10 +67,10 @@ def measure(run, k=5):
         return {n: round(float(precision[[n == p[position] for p in PAIRS]].mean()), 3) for n in names}
 
     return {
-        f"precision@{k}": round(mean, 4),
+        "precision@5": round(mean, 4),
         "interval": [round(low, 4), round(high, 4)],
         "queries": len(PAIRS),
-        f"precision@{k}, people as in captions": round(float(precision_of(query_as_captions).mean()), 4),
+        "precision@5, people as in captions": round(float(precision_of(query_as_captions).mean()), 4),
         "images": len(val),
         "base rate": round(float(right.mean()), 4),
         "fewest right images of a query": int(right.sum(1).min()),

@@ -3,8 +3,10 @@
 Two frozen text encoders: the built-in one, and the same one trained further on captions and short phrases
 of other scenes, beside a network that is given the true facts of each scene. Two image sides on each: the
 demo's network, which sees pixels, and one that is given the true facts. Each is trained on the captions alone
-or with noun phrases such as “a red boat” among them, two for each scene. An arm that stands in FILE already
-is not trained again, and the second text encoder is kept in the cache.
+or with noun phrases such as “a red boat” among them, two for each scene. The image side that sees pixels is
+also read without any text: by linear probes on its features, fitted to the true labels of the training
+images. An arm that stands in FILE already is not trained again, and the second text encoder is kept in the
+cache.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from short_queries import PAIRS, precision_at, query, right_images
+from short_queries import PAIRS, best_five, query, right_images
 from torch import nn
 from torch.nn import functional as F
 
@@ -24,6 +26,7 @@ from clip475.core.config import LabConfig
 from clip475.core.devices import seed_everything
 from clip475.core.files import cache_dir, write_json
 from clip475.data.drawings import _COLOURS, _KINDS, PLACES
+from clip475.data.pixels import normalize
 from clip475.data.scenes import _RELATIONS, Scene, _phrase, caption_scene, load_truth, make_scene
 from clip475.data.tokens import load_tokenizer, tokenize
 from clip475.evaluation.retrieval import evaluate_retrieval
@@ -130,8 +133,47 @@ def train_tower(config, steps, size=256):
     return _save_tower(model, seen, folder)
 
 
+def linear_probe(train, labels, val):
+    """Scores (128, V) of logistic regressions on features (N, D) and (V, D), with `labels` (N, 128).
+
+    As in Radford et al. 2021, section 3.2; the penalty is chosen on a fifth of the training images."""
+    mean, scale = train.mean(0), train.std(0).mean()
+    train, val = (train - mean) / scale, (val - mean) / scale
+
+    def fit(features, labels, penalty):
+        weights = torch.zeros(features.shape[1], labels.shape[1], requires_grad=True)
+        bias = torch.full((labels.shape[1],), -4.0, requires_grad=True)
+        optimizer = torch.optim.LBFGS([weights, bias], max_iter=150, line_search_fn="strong_wolfe")
+
+        def loss():
+            optimizer.zero_grad()
+            wrong = F.binary_cross_entropy_with_logits(features @ weights + bias, labels)
+            (total := wrong * labels.shape[1] + penalty * weights.pow(2).sum()).backward()
+            return total
+
+        optimizer.step(loss)
+        return lambda features: (features @ weights + bias).T.detach()
+
+    own = len(train) * 4 // 5
+    right = labels[own:].T.bool().numpy()
+
+    def precision(penalty):
+        return best_five(fit(train[:own], labels[:own], penalty)(train[own:]), right).mean()
+
+    return fit(train, labels, max((1e-2, 1e-3, 1e-4, 1e-5), key=precision))(val)
+
+
+@torch.no_grad()
+def features_of(model, pixels, config):
+    "What the backbone hands to the head, (N, D)."
+    backbone = model.image_encoder.backbone.eval()
+    chunks = np.array_split(np.arange(len(pixels)), -(-len(pixels) // 250))
+    batches = (torch.from_numpy(np.asarray(pixels[rows])) for rows in chunks)
+    return torch.cat([backbone(normalize(b, config.image_mean, config.image_std)).float() for b in batches])
+
+
 def train_image_side(config, train, val):
-    "Embeddings of the validation images after `config.epochs`; of facts where the splits have features."
+    "The trained model, and embeddings of the validation images; of facts where the splits have features."
 
     def see_facts(model):
         model.image_encoder.backbone = nn.Identity()
@@ -142,19 +184,24 @@ def train_image_side(config, train, val):
     while state.epoch < config.epochs:
         state.metrics.append(train_epoch(state, train, config, progress=False))
         print(f"  epoch {state.epoch}: loss {state.metrics[-1]['train_loss']:.3f}", file=sys.stderr)
-    return embed_images(state.model, val.features[0].numpy() if facts else val.pixels, config)
+    return state.model, embed_images(state.model, val.features[0].numpy() if facts else val.pixels, config)
 
 
-def measure(config, train, val, right, query_texts):
-    images = train_image_side(config, train, val)
-    precision = precision_at(images, query_texts, right)
-    mean, low, high = mean_interval(precision)
+def measure(config, train, val, right, query_texts, labels):
+    "`right` (128, V): the validation scenes that a query asks for; `labels` (N, 128): those of training."
+    model, images = train_image_side(config, train, val)
+    mean, low, high = mean_interval(best_five(query_texts @ images.T, right))
     recall = evaluate_retrieval(images, val.text_embeddings, val.split.caption_image, ks=(1,))
-    return {
+    found = {
         "precision@5": round(mean, 4),
         "interval": [round(low, 4), round(high, 4)],
         **{f"{way} R@1": round(recall[way]["R@1"], 4) for way in ("i2t", "t2i")},
     }
+    if train.features is None:
+        features, own = (features_of(model, split.pixels, config) for split in (train, val))
+        mean, low, high = mean_interval(best_five(linear_probe(features, labels, own), right))
+        found["linear probe"] = {"precision@5": round(mean, 4), "interval": [round(low, 4), round(high, 4)]}
+    return found
 
 
 BOTH = "captions and phrases"
@@ -184,7 +231,9 @@ def prepare(config, tower, steps):
     scenes = {split.split.name: scenes_of(split.split) for split in (train, val)}
     texts = {"captions": train, BOTH: with_phrases(train, scenes["train"], encode)}
     facts = {name: torch.stack([facts_of(scene) for scene in own])[None] for name, own in scenes.items()}
-    return config, texts, val, facts, right_images(scenes["val"]), encode([query(*pair) for pair in PAIRS])
+    labels = torch.from_numpy(right_images(scenes["train"]).T).float()
+    queries = encode([query(*pair) for pair in PAIRS])
+    return config, texts, val, facts, (right_images(scenes["val"]), queries, labels)
 
 
 def main(file, epochs, steps):
@@ -198,13 +247,13 @@ def main(file, epochs, steps):
         print(*arm, sep=", ", file=sys.stderr, flush=True)
         if kept != tower:
             kept, prepared = tower, prepare(LabConfig.from_preset("tiny"), tower, steps)
-        config, of_texts, val, facts, right, queries = prepared
+        config, of_texts, val, facts, asked = prepared
         train = of_texts[texts]
         if side == "true facts":
             train, val = replace(train, features=facts["train"]), replace(val, features=facts["val"])
         names = {"text encoder": tower, "image side": side, "texts": texts, "epochs": passes}
         found |= {"queries": len(PAIRS), "images": len(val), "train images": len(train), "tower steps": steps}
-        found["arms"].append(names | measure(config.replace(epochs=passes), train, val, right, queries))
+        found["arms"].append(names | measure(config.replace(epochs=passes), train, val, *asked))
         print(f"  {found['arms'][-1]}", file=sys.stderr, flush=True)
         if file:
             write_json(file, found)
