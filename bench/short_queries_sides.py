@@ -200,7 +200,7 @@ def measure(config, train, val, right, query_texts, labels):
     if train.features is None:
         features, own = (features_of(model, split.pixels, config) for split in (train, val))
         mean, low, high = mean_interval(best_five(linear_probe(features, labels, own), right))
-        found["linear probe"] = {"precision@5": round(mean, 4), "interval": [round(low, 4), round(high, 4)]}
+        found |= {"linear probe": round(mean, 4), "its interval": [round(low, 4), round(high, 4)]}
     return found
 
 

@@ -96,13 +96,11 @@ def _relink(text: str, folder: Path) -> str:
 
 
 def _image_options(outputs: list[dict]) -> dict[str, str]:
-    "Alternative text of a cell's figures; a figure without pictures is a chart, inverted on a dark page."
-    options = [output.get("metadata", {}).get("image/png", {}) for output in outputs]
+    "Alternative text of a cell's figures."
+    kinds = ("image/png", "image/jpeg")
+    options = [output.get("metadata", {}).get(kind, {}) for output in outputs for kind in kinds]
     texts = [option["alt"] for option in options if "alt" in option]
-    if not texts:
-        return {}
-    has_pictures = any(re.match(r"\d+ picture", text) for text in texts)
-    return {"alt": " ".join(texts), **({} if has_pictures else {"classes": "chart"})}
+    return {"alt": " ".join(texts)} if texts else {}
 
 
 def _read_notebook(text: str, folder: Path) -> str:

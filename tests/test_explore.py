@@ -92,7 +92,7 @@ def test_all_html_has_its_own_paper_and_ink(lab, make):
         card.html.value for card in parts.get("cards", [])
     ]
     for text in shown:
-        assert "background:#fff;color:#111" in text.split(">")[0]
+        assert panels._SHEET in text.split(">")[0]
         assert all('alt="' in tag for tag in re.findall("<img[^>]*>", text))
 
 

@@ -65,9 +65,8 @@ def test_every_kept_figure_has_an_alternative_text(path):
     "`core.figures` writes it when a figure is shown; `Image` and `display` take one."
     for cell in read_notebook(path):
         for output in cell.get("outputs", []):
-            if "image/png" in output.get("data", {}):
-                alt = output["metadata"].get("image/png", {}).get("alt")
-                assert alt, (
+            for kind in {"image/png", "image/jpeg"} & set(output.get("data", {})):
+                assert output["metadata"].get(kind, {}).get("alt"), (
                     f"cell {cell['id']}: run the notebook anew, or give its figure an alternative text"
                 )
 

@@ -25,7 +25,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from ..core.config import LabConfig
-from ..core.figures import _HIT, _MISS, PALETTE, _describe, plot_bars, plot_gallery
+from ..core.figures import _HIT, _MISS, PALETTE, _describe, _on_any_page, plot_bars, plot_gallery
 from ..core.files import LabError, _visible
 from ..data.pixels import load_image
 from ..data.tokens import load_tokenizer
@@ -84,16 +84,19 @@ def open_lab(run: str | Path, data: str | Path | None = None, progress: bool = F
     return _make_lab(model, config, val)
 
 # %% ../../nbs/lib/app/03_panels.ipynb #e9525331
+_GROUND = "var(--jp-layout-color0,#fff)"
+_SHEET = f"background:{_GROUND};color:var(--jp-content-font-color0,#111);padding:8px;line-height:1.4;"
+
+
 def _sheet(body: str) -> str:
-    "`body` in black on white, readable in light and dark themes."
-    return f'<div style="background:#fff;color:#111;padding:8px;line-height:1.4;">{body}</div>'
+    "`body` in the colours of JupyterLab's theme; elsewhere in black on white."
+    return f'<div style="{_SHEET}">{body}</div>'
 
 
 def _alert(message: str) -> str:
     "An error on a sheet, marked by a symbol, a colour and a role."
     edge = f"border-left:5px solid {_MISS};"
-    style = f"background:#fff;color:#111;padding:8px;line-height:1.4;{edge}"
-    return f'<div role=alert style="{style}">✗ {html.escape(message)}</div>'
+    return f'<div role=alert style="{_SHEET}{edge}">✗ {html.escape(message)}</div>'
 
 
 def _error_html(error: Exception) -> str:
@@ -128,7 +131,8 @@ def _picture_html(image: Any, alt: str, side: int = 112) -> str:
 
 def _figure_png(figure: plt.Figure) -> bytes:
     data = BytesIO()
-    figure.savefig(data, format="png", dpi=90, facecolor="white")
+    with _on_any_page(figure):
+        figure.savefig(data, format="png", dpi=90)
     return data.getvalue()
 
 
@@ -399,7 +403,7 @@ def _bar_row(name: str, share: float, marked: bool) -> str:
 def _bars_html(values: Iterable[tuple[str, float]], marked: str | None = None) -> str:
     "A table of (label, share) pairs with a bar and a number each; the label `marked` gets a ✓."
     rows = "".join(_bar_row(name, share, name == marked) for name, share in values)
-    return f'<table style="color:#111;background:#fff">{rows}</table>'
+    return f'<table style="color:inherit">{rows}</table>'
 
 
 def _side_by_side(*parts: str) -> str:

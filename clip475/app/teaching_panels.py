@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from clip475.app.panels import (
+    _GROUND,
     _bars_html,
     _figure_html,
     _Lab,
@@ -245,7 +246,7 @@ def _map_figure(points: pd.DataFrame, word: str = "") -> plt.Figure:
 # %% ../../nbs/lib/app/04_teaching_panels.ipynb #8e1aa4e9
 _MAP_STYLE = """<style>.clip475-tip{visibility:hidden}
 .clip475-point{outline:none;cursor:pointer}
-.clip475-point:hover,.clip475-point:focus{stroke:#111;stroke-width:3}
+.clip475-point:hover,.clip475-point:focus{stroke:currentColor;stroke-width:3}
 .clip475-point:hover+.clip475-tip,.clip475-point:focus+.clip475-tip{visibility:visible}
 .clip475-points:has(.clip475-point:hover) .clip475-point:focus:not(:hover)+.clip475-tip{visibility:hidden}
 </style>"""
@@ -254,7 +255,7 @@ _MAP_STYLE = """<style>.clip475-tip{visibility:hidden}
 def _point_svg(point: Any) -> str:
     "A picture's circle or a caption's diamond, which can be focused and has a title."
     width = 2.5 if point.ringed else 0
-    style = f'class="clip475-point" tabindex="0" stroke="#111" stroke-width="{width}"'
+    style = f'class="clip475-point" tabindex="0" stroke="currentColor" stroke-width="{width}"'
     title = f"<title>{point.kind}: {html.escape(point.caption)}</title>"
     x, y = point.x, point.y
     if point.kind == "picture":
@@ -269,9 +270,9 @@ def _tip_svg(lab: _Lab, point: Any) -> str:
     text = "".join(f'<tspan x="440" dy="15">{html.escape(line)}</tspan>' for line in lines)
     source = _picture_html(lab.val.pixels[point.row], "").split('"')[1]
     return (
-        '<g class="clip475-tip"><rect x="432" y="8" width="200" height="304" fill="#fff"/>'
+        f'<g class="clip475-tip"><rect x="432" y="8" width="200" height="304" style="fill:{_GROUND}"/>'
         f'<image x="440" y="14" width="112" height="112" href="{source}"/>'
-        f'<text x="440" y="130" font-size="12" fill="#111">{text}</text></g>'
+        f'<text x="440" y="130" font-size="12" fill="currentColor">{text}</text></g>'
     )
 
 

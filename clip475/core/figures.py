@@ -11,14 +11,18 @@ import sys
 import textwrap
 import unicodedata
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.colors import to_rgba, to_rgba_array
+from matplotlib.figure import Figure, FigureBase, SubFigure
+from matplotlib.image import AxesImage, BboxImage
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
@@ -111,11 +115,16 @@ def _axes_in_words(ax: Axes) -> str:
     return "; ".join(" ".join(word.split()) for word in words if word)
 
 
+def _is_picture(image: Any) -> bool:
+    "Whether an image of a figure has colours of its own, as a picture has and a matrix has not."
+    return np.asarray(image.get_array()).ndim == 3
+
+
 def _describe(fig: Figure) -> str:
     "What a figure shows, in at most 500 characters; pictures come first, with their titles."
     axes: list[Any] = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
     axes += [inset for ax in axes for inset in ax.child_axes]
-    pictures = [ax for ax in axes if any(np.asarray(image.get_array()).ndim == 3 for image in ax.images)]
+    pictures = [ax for ax in axes if any(map(_is_picture, ax.images))]
     titles = [" ".join(ax.get_title().split()) for ax in pictures]
     shown = f"{len(pictures)} picture{'s' * (len(pictures) > 1)}" if pictures else ""
     shown += f": {'; '.join(filter(None, titles))}" if any(titles) else ""
@@ -123,18 +132,6 @@ def _describe(fig: Figure) -> str:
     words = [shown, *above, *(_axes_in_words(ax) for ax in axes if ax not in pictures)]
     text = ". ".join(word for word in words if word.strip())
     return textwrap.shorten(text or "a drawing", 500, placeholder=" …")
-
-
-def _show_in_words() -> None:
-    "From now on a figure that an IPython cell shows carries its description."
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    if formatter := getattr(shell, "display_formatter", None):
-        formatter.mimebundle_formatter.for_type(
-            Figure, lambda fig: ({}, {"image/png": {"alt": _describe(fig)}})
-        )
-
-
-_show_in_words()
 
 # %% ../../nbs/lib/core/05_figures.ipynb #442d5042
 PALETTE = {
@@ -147,7 +144,70 @@ PALETTE = {
     "yellow": "#F0E442",
     "black": "#000000",
 }
-_HIT, _MISS, _QUIET = PALETTE["green"], PALETTE["vermillion"], "#6B6B6B"
+_HIT, _MISS, _QUIET = PALETTE["green"], PALETTE["vermillion"], "#767676"
+_ON_COLOUR = "#111111"  # text on a light colour; it stays dark on a dark page
+
+# %% ../../nbs/lib/core/05_figures.ipynb #5bb3eb7e
+@contextmanager
+def _on_any_page(fig: Figure) -> Iterator[None]:
+    "Inside, `fig` has no white ground, and what is plain black in it has the grey `_QUIET`."
+    fig.draw_without_rendering()  # makes the ticks, which are artists too
+    with ExitStack() as undo:
+
+        def change(artist: Any, name: str, old: float, new: tuple[float, ...]) -> None:
+            before = getattr(artist, f"get_{name}")()
+            colours = to_rgba_array(before)  # (N, 4), or nothing for "none"
+            found = (colours[:, :3] == old).all(1) & (colours[:, 3] > 0)
+            if found.any():
+                colours[found] = new
+                undo.callback(getattr(artist, f"set_{name}"), before)
+                getattr(artist, f"set_{name}")(colours if len(colours) > 1 else colours[0])
+
+        artists: list[Any] = [a for a in fig.findobj() if getattr(a, "get_array", lambda: None)() is None]
+        arrows = [arrow for a in artists if (arrow := getattr(a, "arrow_patch", None))]
+        for artist in [*artists, *arrows]:
+            for name in ("color", "edgecolor", "facecolor", "markeredgecolor", "markerfacecolor"):
+                if hasattr(artist, f"get_{name}"):
+                    change(artist, name, 0, to_rgba(_QUIET))
+            if isinstance(artist, (Axes, FigureBase)):
+                change(artist.patch, "facecolor", 1, (0, 0, 0, 0))
+        yield
+
+
+def _shown_as(fig: Figure, formatters: Mapping[str, Any]) -> str:
+    "The type that `fig` is shown as; the functions that draw are wrapped where they are not yet."
+    png, jpeg = (formatters[f"image/{kind}"].for_type(Figure) for kind in ("png", "jpeg"))
+    if png and not hasattr(png, "__wrapped__"):
+
+        @wraps(png)
+        def draw_png(fig: Figure) -> Any:
+            if jpeg and _has_pictures(fig):
+                return None
+            with _on_any_page(fig):
+                return png(fig)
+
+        formatters["image/png"].for_type(Figure, draw_png)
+        if jpeg:
+            formatters["image/jpeg"].for_type(Figure, lambda fig: jpeg(fig) if _has_pictures(fig) else None)
+    return "image/jpeg" if jpeg and (not png or _has_pictures(fig)) else "image/png"
+
+
+def _has_pictures(fig: Figure) -> bool:
+    return any(_is_picture(image) for kind in (AxesImage, BboxImage) for image in fig.findobj(kind))
+
+
+def _show_everywhere() -> None:
+    "From now on a figure that an IPython cell shows carries its description and suits a dark page."
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if display := getattr(shell, "display_formatter", None):
+
+        def show(fig: Figure) -> tuple[dict, dict]:
+            return {}, {_shown_as(fig, display.formatters): {"alt": _describe(fig)}}
+
+        display.mimebundle_formatter.for_type(Figure, show)
+
+
+_show_everywhere()
 
 # %% ../../nbs/lib/core/05_figures.ipynb #7575e46d
 def _wrap(text: object, width: int) -> str:
@@ -455,10 +515,10 @@ def _scale(matrix: np.ndarray, center: float | None, limits: tuple[float, float]
 
 
 def _write_numbers(ax: Axes, drawn: Any, matrix: np.ndarray, fmt: str) -> None:
-    "Each number in its cell, black on light colours and white on dark ones."
+    "Each number in its cell, dark on light colours and white on dark ones."
     for (row, col), value in np.ndenumerate(matrix):
         red, green, blue, _ = drawn.cmap(drawn.norm(value))
-        ink = "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.45 else "white"
+        ink = _ON_COLOUR if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.45 else "white"
         ax.text(col, row, format(value, fmt), ha="center", va="center", color=ink, fontsize=7)
 
 

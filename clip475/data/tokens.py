@@ -34,7 +34,7 @@ from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from ..core.config import LabConfig
-from ..core.figures import PALETTE, _wrap
+from ..core.figures import _ON_COLOUR, PALETTE, _wrap
 from ..core.files import LabError, _check_choice, _file_stamp, _note_once, _sha256, write_text
 from ..core.weights import _declared_lengths, _is_package, _json_object, _package_place
 
@@ -418,7 +418,7 @@ def _role_legend(ax: plt.Axes) -> None:
 def _write_tokens(ax: plt.Axes, rows: Sequence[Sequence[str]], roles: torch.Tensor) -> None:
     for (row, column), role in np.ndenumerate(roles.numpy()):
         text = re.sub(r"<\|(start|end)oftext\|>", r"\1", rows[row][column]).replace("</w>", "")
-        ink = "white" if role == 1 else "black"
+        ink = "white" if role == 1 else _ON_COLOUR
         ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8, color=ink)
 
 # %% ../../nbs/lib/data/10_tokens.ipynb #627e2065

@@ -19,7 +19,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers import CLIPTextModelWithProjection
 
-from ..core.figures import PALETTE
+from ..core.figures import _ON_COLOUR, PALETTE
 from .backbones import _Part, _stages
 from .joint import _SCALARS, DualEncoder, _status, parameter_summary
 from .text import _text_projection
@@ -328,7 +328,8 @@ _LABEL_BACKGROUND: dict[str, Any] = dict(facecolor="white", edgecolor="none", al
 
 def _draw_label(ax: Axes, x: float, y: float, lines: list[str], background: bool = True) -> None:
     bbox = _LABEL_BACKGROUND if background else None
-    ax.text(x, y, "\n".join(lines), ha="center", va="center", fontsize=7.5, linespacing=1.25, bbox=bbox)
+    style: dict[str, Any] = dict(ha="center", va="center", fontsize=7.5, linespacing=1.25)
+    ax.text(x, y, "\n".join(lines), color=_ON_COLOUR, bbox=bbox, **style)
 
 
 def _draw_box(ax: Axes, x: float, y: float, height: float, box: _Box) -> None:

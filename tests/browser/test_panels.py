@@ -218,7 +218,7 @@ def test_map_by_mouse_and_by_keyboard(panel):
 
 
 def test_the_dark_theme_can_be_read(pages, shots):
-    "Each sheet keeps dark ink on light paper, and labels take the theme's own colours."
+    "Sheets and labels take the theme's own colours."
     for page in pages.values():
         page.bring_to_front()
         page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
