@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba, to_rgba_array
-from matplotlib.figure import Figure, FigureBase, SubFigure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage, BboxImage
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
@@ -169,7 +169,7 @@ def _on_any_page(fig: Figure) -> Iterator[None]:
             for name in ("color", "edgecolor", "facecolor", "markeredgecolor", "markerfacecolor"):
                 if hasattr(artist, f"get_{name}"):
                     change(artist, name, 0, to_rgba(_QUIET))
-            if isinstance(artist, (Axes, FigureBase)):
+            if isinstance(artist, (Axes, Figure, SubFigure)):
                 change(artist.patch, "facecolor", 1, (0, 0, 0, 0))
         yield
 
