@@ -24,6 +24,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def notes_are_new():
+    "A note is written once in a process; here once in a test, since folders of two tests may have one path."
+    from clip475.core.files import _note_once
+
+    _note_once.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def save_random_run():
     "A function that writes a run folder of the preset tiny with random weights, single fields changed."

@@ -108,7 +108,6 @@ def test_a_caption_that_spells_out_the_end_token_does_not_end_there():
 
 
 def test_fp16_on_a_cpu_computes_as_auto_does_and_says_so(capsys):
-    _note_once.cache_clear()
     automatic, cpu = LabConfig.from_preset("tiny"), torch.device("cpu")
     for _ in range(2):
         chosen = autocast_dtype(automatic.replace(precision="fp16"), cpu)
@@ -121,7 +120,6 @@ def test_fp16_on_a_cpu_computes_as_auto_does_and_says_so(capsys):
 
 
 def test_characters_that_no_font_has_are_named(tmp_path, capsys, recwarn):
-    _note_once.cache_clear()
     figure = show_images([np.zeros((8, 8, 3), np.uint8)], ["a cat: \U00012031, as seen in Ur"])
     save_figure(figure, tmp_path / "cuneiform.png")
     note = capsys.readouterr().err

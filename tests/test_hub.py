@@ -56,7 +56,6 @@ def blob_of(hub, tmp_path, name):
 
 def test_a_tower_comes_once_and_heals_when_its_bytes_change(hub, tmp_path, capsys):
     right = [p.clone() for p in load_text_encoder(LabConfig.from_preset("tiny")).parameters()]
-    _note_once.cache_clear()
     assert equal(weights(), right) and len(load_tokenizer(NAME, COMMIT)) == 49_408
     megabytes = (hub.folder / "model.safetensors").stat().st_size / 1e6
     assert f"{megabytes:,.0f} MB of weights are fetched once" in capsys.readouterr().err
@@ -129,7 +128,6 @@ def two_towers(hub, monkeypatch):
 
 def test_only_the_text_half_is_fetched_and_kept(hub, two_towers, tmp_path, monkeypatch, capsys):
     right = [p.clone() for p in load_text_encoder(LabConfig.from_preset("tiny")).parameters()]
-    _note_once.cache_clear()
     assert equal(weights(), right)
     share = hub.sent[two_towers.name] / two_towers.stat().st_size
     halves = [path for path in cache_dir().rglob("*.safetensors") if COMMIT in str(path)]
@@ -155,7 +153,6 @@ def test_a_text_half_that_is_cut_goes_on_where_it_was(hub, two_towers):
 def test_a_server_of_whole_files_gives_the_whole_file(hub, two_towers, capsys):
     right = load_text_encoder(LabConfig.from_preset("tiny")).parameters()
     hub.ranges = False
-    _note_once.cache_clear()
     assert equal(weights(), list(right))
     assert "whole files only" in capsys.readouterr().err
     assert not list(cache_dir().rglob(f"*{COMMIT}*"))  # nothing half is kept

@@ -9,7 +9,7 @@ __all__ = ['project', 'plot_map', 'modality_gap', 'separability', 'shift_gap', '
 import importlib.util
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -190,7 +190,7 @@ def plot_map(
     names, alone = sorted(set(groups)), ax is None
     if ax is None:
         ax = plt.subplots(figsize=(6.6, 4.9), layout="constrained")[1]
-    fig = cast(Figure, ax.get_figure(root=True))
+    fig = ax.figure.canvas.figure  # also where ax stands in a subfigure
     _scatter(ax, texts, text_groups, names, True)
     _scatter(ax, np.asarray(image_points), groups, names, False)
     for row in _spread_out(image_points, shown) if pictures is not None else ():

@@ -57,7 +57,7 @@ class _Effect(NamedTuple):
     def p_value(self) -> float:
         "The smallest p for which the interval of level 1 − p leaves out 0."
         least = 1e-12
-        if self.estimate == 0:
+        if abs(self.estimate) <= self.half_width(0):  # 0, up to rounding
             return 1.0
         if self.half_width(1 - least) < abs(self.estimate):
             return least
