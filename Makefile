@@ -16,12 +16,13 @@ INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 export HF_HUB_OFFLINE = 1
 export MPLBACKEND = agg
 
-.PHONY: help demo test lint browser-test dev export readme course docs clean
+.PHONY: help demo test run-tests lowest-test lint browser-test dev export readme course docs clean
 .NOTPARALLEL:
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
 	@echo "make browser-test  drives the panels in JupyterLab in a real Chromium, if there is one"
+	@echo "make lowest-test   the same notebooks and tests with the lowest versions that settings.ini admits"
 	@echo "make dev       makes .venv with the tools and runs nothing"
 	@echo "make export    writes clip475/ from nbs/ and cleans the notebooks"
 	@echo "make readme    writes README.md from nbs/index.ipynb"
@@ -36,9 +37,19 @@ demo: $(VENV)/.installed
 # Lint and the site take one core each; notebooks and tests write into one temporary folder, which goes away.
 test: dev
 	@$(MAKE) --no-print-directory docs & site=$$!; $(MAKE) --no-print-directory lint && wait $$site
+	@$(MAKE) --no-print-directory run-tests
+
+run-tests:
 	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && export TMPDIR="$$tmp" && set -x \
 	&& export OMP_NUM_THREADS=1 && $(BIN)/nbdev_test --n_workers 2 --path nbs \
 	&& $(BIN)/python -m pytest --ignore=tests/browser --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# An environment of its own, on the oldest Python too if PYTHON names it.
+lowest-test: dev
+	@$(PIP) uv
+	@$(BIN)/uv venv --quiet --clear --python "$(or $(PYTHON),$(BIN)/python)" build/lowest
+	@$(BIN)/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct -e ".[dev]"
+	@$(MAKE) --no-print-directory run-tests VENV=build/lowest
 
 lint: dev
 	$(BIN)/ruff check --quiet nbs clip475 tests bench tools docs
