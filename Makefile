@@ -45,7 +45,7 @@ run-tests:
 	&& $(BIN)/python -m pytest --ignore=tests/browser --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # An environment of its own, on the oldest Python too if PYTHON names it.
-lowest-test: dev
+lowest-test: | $(BIN)/python
 	@$(PIP) uv
 	@$(BIN)/uv venv --quiet --clear --python "$(or $(PYTHON),$(BIN)/python)" build/lowest
 	@$(BIN)/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct -e ".[dev]"

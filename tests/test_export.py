@@ -33,11 +33,18 @@ TOWERS = {
 }
 
 
-@pytest.mark.parametrize("kind", [AutoModel, CLIPModel, VisionTextDualEncoderModel])
-def test_transformers_does_not_take_a_run_for_a_model_of_its_own(kind, save_random_run, tmp_path):
+@pytest.mark.parametrize(
+    "kind, refusal",  # the alternatives are those of older versions
+    [
+        (AutoModel, "clip475"),
+        (CLIPModel, "clip475|pop|_attn_implementation"),
+        (VisionTextDualEncoderModel, "clip475|pop|text_config"),
+    ],
+)
+def test_transformers_does_not_take_a_run_for_a_model_of_its_own(kind, refusal, save_random_run, tmp_path):
     "It built a default model with random weights, and only warned of it."
     run = save_random_run(tmp_path / "run")
-    with pytest.raises(Exception, match="clip475|pop|text_config|_attn_implementation"):  # by version
+    with pytest.raises(Exception, match=refusal):
         kind.from_pretrained(run)
     assert load(run).config == LabConfig.from_preset("tiny")
 

@@ -17,7 +17,7 @@ from clip475.app.report import _in_two_splits, _in_two_splits_text
 from clip475.core.config import LabConfig
 from clip475.core.devices import autocast_dtype
 from clip475.core.figures import save_figure, show_images
-from clip475.core.files import LabError, _note_once
+from clip475.core.files import LabError
 from clip475.data.layouts import _LAYOUTS, _detect_layout, read_splits
 from clip475.data.lists import _Options
 from clip475.data.photos import load_photos
@@ -218,7 +218,6 @@ def test_kaggles_flickr30k_with_its_broken_row(tmp_path, capsys):
     (folder / "results.csv").write_text("\n".join(["image_name| comment_number| comment", *lines]))
     message = refusal(pools, folder)
     assert "results.csv: line 5 has fewer fields" in message and "--on-bad replace" in message
-    _note_once.cache_clear()
     found = captions_in(folder, skip=True)
     assert [len(captions) for captions in found.values()] == [2, 1, 2, 2, 2, 2]
     assert found[NAMES[0]][1] == f'{words(NAMES[0], 1)} , "so to say" .'
@@ -400,7 +399,6 @@ def test_a_text_beside_each_picture(tmp_path, capsys):
     assert _detect_layout(tmp_path) == "texts" and captions_in(tmp_path) == TRUTH
     assert {name: len(pool) for name, pool in pools(tmp_path).items()} == {"train": 4, "val": 2}
     (tmp_path / names[0]).with_suffix(".txt").unlink()
-    _note_once.cache_clear()
     assert len(captions_in(tmp_path)) == 5 and "1 pictures have no .txt" in capsys.readouterr().err
     for name in names:
         (tmp_path / name).with_suffix(".txt").write_text("0 0.51 0.5 0.25 0.3\n")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hub_server import Hub
 
-from clip475.core.files import LabError, _note_once
+from clip475.core.files import LabError
 from clip475.data.download import _Patience
 from clip475.models import backbones
 from clip475.models.backbones import _torchvision_weights
@@ -23,7 +23,6 @@ def server(tmp_path, monkeypatch):
     file = (folder / "w").rename(folder / f"net-{digits}.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(backbones, "_PATIENCE", _Patience(tries=2, sleep=lambda seconds: None))
-    _note_once.cache_clear()
     with Hub(folder) as hub:
         url = f"{hub.url}/x/resolve/main/{file.name}"
         entry = SimpleNamespace(name="V1", url=url, meta={"_file_size": 0.2})
